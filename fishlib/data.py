@@ -56,7 +56,7 @@ def find(name: str) -> Path | None:
 
 
 def load_arrays(name: str) -> dict[str, np.ndarray]:
-    """``train_images``, ``train_labels``, ``test_images``, ``test_labels`` (uint8) and ``classes`` of a data set.
+    """``train_images``, ``train_labels``, ``test_images``, ``test_labels`` (uint8), ``classes`` and ``fingerprint``.
 
     Images are (N, H, W) or (N, H, W, C), as in torchvision. ``digits`` is bundled with scikit-learn; ``mnist``, ``cifar10``,
     ``cifar100`` and ``svhn`` are looked for on disk and else downloaded once; any other name is a folder of images with
@@ -72,12 +72,12 @@ def load_arrays(name: str) -> dict[str, np.ndarray]:
         no file on disk, and no network
     """
     if name == "digits":
-        return _digits()
+        return _checked(name, _digits(), "scikit-learn")
     if name in NAMES:
         path = find(name)
         return _download(name) if path is None else _checked(name, _read(path), path)
     if Path(name).is_dir():
-        return _folder(Path(name))
+        return _checked(name, _folder(Path(name)), name)
     raise ValueError(f"unknown data set {name!r}: use one of {', '.join(NAMES)}, or the path of a folder of images "
                      "with one folder a class (no such folder exists)")
 
@@ -116,13 +116,13 @@ def _read(path: Path) -> dict[str, np.ndarray]:
 
 
 def _checked(name: str, arrays: dict[str, np.ndarray], origin: Path | str) -> dict[str, np.ndarray]:
-    for split in ("train", "test"):
-        expected = FINGERPRINTS.get((name, split))
-        found = fingerprint(arrays[f"{split}_images"], arrays[f"{split}_labels"])
-        if expected not in (None, found):
-            raise ValueError(f"{origin} is not the {split} split of {name}: fingerprint {found[:12]}..., expected "
+    found = {split: fingerprint(arrays[f"{split}_images"], arrays[f"{split}_labels"]) for split in ("train", "test")}
+    for split, value in found.items():
+        expected = FINGERPRINTS.get((name, split), value)
+        if expected != value:
+            raise ValueError(f"{origin} is not the {split} split of {name}: fingerprint {value[:12]}..., expected "
                              f"{expected[:12]}...; the file was altered or holds other data: delete it and load again")
-    return arrays
+    return arrays | {"fingerprint": hashlib.sha256("".join(found.values()).encode()).hexdigest()}
 
 
 def _download(name: str) -> dict[str, np.ndarray]:
@@ -135,7 +135,8 @@ def _download(name: str) -> dict[str, np.ndarray]:
             f"{name}.npz was found neither in {' nor in '.join([*looked, str(CACHE)])} and could not be downloaded "
             f"({error}): connect to the network once, or put {name}.npz into a folder and set FISHLIB_DATA to it"
         ) from error
-    _write(target, _checked(name, arrays, f"the download of {name}"))
+    arrays = _checked(name, arrays, f"the download of {name}")
+    _write(target, {key: arrays[key] for key in (*ARRAYS, "classes")})
     return arrays
 
 
@@ -357,8 +358,7 @@ class ImageData(L.LightningDataModule):
         self.device = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device)
         arrays = load_arrays(self.name)
         self.classes = tuple(str(c) for c in arrays["classes"])
-        prints = [fingerprint(arrays[f"{split}_images"], arrays[f"{split}_labels"]) for split in ("train", "test")]
-        self.fingerprint = hashlib.sha256("".join(prints).encode()).hexdigest()
+        self.fingerprint = arrays["fingerprint"]
         self._tensors = self._split(arrays, validation, limit, test_limit)
         train = self._tensors["train"][0].flatten(0, 2).double() / 255
         self.mean, self.std = train.mean(0).float(), train.std(0).clamp_min(1e-3).float()
