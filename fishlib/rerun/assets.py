@@ -28,7 +28,7 @@ PREFIX = "package/es5/"
 
 
 def fetch(root: Path = ROOT) -> Path | None:
-    """The folder of the vendored MathJax, fetched if it is not there yet; None, with a printed note, if it cannot be had.
+    """The folder of the vendored MathJax, fetched if it is not there; None, with a printed note, if it cannot be had.
 
     Nothing half-written stays behind: the folder appears only when the package was checked and unpacked whole.
     """
@@ -53,8 +53,8 @@ def _pack(folder: Path) -> Path:
     npm = shutil.which("npm")
     if npm is None:
         raise FileNotFoundError("npm is not installed")
-    subprocess.run([npm, "pack", f"mathjax@{VERSION}", "--prefer-offline", "--silent", "--pack-destination", str(folder)],
-                   check=True, capture_output=True, text=True, timeout=120, cwd=folder)
+    command = [npm, "pack", f"mathjax@{VERSION}", "--prefer-offline", "--silent", "--pack-destination", str(folder)]
+    subprocess.run(command, check=True, capture_output=True, text=True, timeout=120, cwd=folder)
     return folder / f"mathjax-{VERSION}.tgz"
 
 

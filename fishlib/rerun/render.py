@@ -6,6 +6,7 @@ The site shows what ran: a chapter without a finished, current execution is an e
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -16,6 +17,7 @@ import nbformat
 import yaml
 
 from fishlib.rerun import assets
+from fishlib.rerun.run import with_outputs
 
 ROOT = Path(__file__).resolve().parents[2]
 DEFAULTS_PROMPT = "Show the defaults, their meaning and their ranges"
@@ -30,7 +32,7 @@ def render(executed: Path | None = None, out: Path | None = None, root: Path = R
 
     Parameters
     ----------
-    executed : folder of executed notebooks, `<chapter>.ipynb` or `<chapter>/<chapter>.ipynb`; default `_build/executed`
+    executed : folder of executed notebooks, `<chapter>/<chapter>.ipynb` or `<chapter>.ipynb`; default `_build/executed`
     out : folder of the site; default `_build/html`
     root : folder with `_config.yml`, `_toc.yml` and the pages these name
 
@@ -87,8 +89,8 @@ def stage(executed: Path, source: Path, root: Path = ROOT) -> Path:
 
 
 def find(page: Path, executed: Path, root: Path = ROOT) -> nbformat.NotebookNode:
-    """The execution of the chapter `page`, checked: finished, without an error, and of the chapter as it now is."""
-    places = [executed / page.name, executed / page.stem / page.name]
+    """The chapter `page` with the outputs of its execution, which was whole, without an error, and of the same code."""
+    places = [executed / page.stem / page.name, executed / page.name]
     place = next((place for place in places if place.is_file()), None)
     again = f"run `fishlib run {page.as_posix()}`"
     if place is None:
@@ -96,14 +98,16 @@ def find(page: Path, executed: Path, root: Path = ROOT) -> nbformat.NotebookNode
     notebook = nbformat.read(place, as_version=4)
     for number, cell in enumerate(notebook.cells, 1):
         if any(output.output_type == "error" for output in cell.get("outputs", [])):
-            raise RenderError(f"{page} failed when it was executed, in cell {number} of {place}; correct it and {again}")
-    if _sources(notebook) != _sources(nbformat.read(root / page, as_version=4)):
-        raise RenderError(f"{page} has changed since it was executed; {again}")
-    return notebook
+            raise RenderError(f"{page} failed when it was executed, in cell {number}; correct it and {again}")
+    chapter = nbformat.read(root / page, as_version=4)
+    if _code(notebook) != _code(chapter):
+        raise RenderError(f"the code of {page} has changed since it was executed; {again}")
+    return with_outputs(chapter, notebook)
 
 
-def _sources(notebook: nbformat.NotebookNode) -> list[str]:
-    return [cell.source for cell in notebook.cells if "injected-parameters" not in _tags(cell)]
+def _code(notebook: nbformat.NotebookNode) -> list[str]:
+    return [cell.source for cell in notebook.cells
+            if cell.cell_type == "code" and "injected-parameters" not in _tags(cell)]
 
 
 def _tags(cell: nbformat.NotebookNode) -> list[str]:
@@ -146,8 +150,7 @@ def build(source: Path, work: Path) -> Path:
     # The module rather than the script: a script's first line breaks in a folder whose path has spaces.
     command = [sys.executable, "-c", "from jupyter_book.cli.main import main; main()", "build", str(source),
                "--path-output", str(work), "--all", "-W", "-n", "--keep-going"]
-    result = subprocess.run(command, capture_output=True, text=True, 
-                            env=os.environ | {"MPLBACKEND": "agg", "NO_COLOR": "1"})
+    result = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"MPLBACKEND": "agg"})
     if result.returncode:
         complaints = _complaints(result.stderr) or result.stderr[-4000:] or result.stdout[-4000:]
         raise RenderError("the book did not build; the former site is unchanged\n"
@@ -156,7 +159,8 @@ def build(source: Path, work: Path) -> Path:
 
 
 def _complaints(text: str) -> str:
-    return "\n".join(line for line in text.splitlines() if "WARNING" in line or "ERROR" in line)
+    plain = re.sub(r"\x1b\[[0-9;]*m", "", text)
+    return "\n".join(line for line in plain.splitlines() if "WARNING" in line or "ERROR" in line)
 
 
 def swap(new: Path, out: Path) -> None:
