@@ -1,0 +1,451 @@
+"""The command `fishlib`: run, sweep and collect chapters, render the book.
+
+Exit status: 0 when all is done; 1 when a run or the rendering failed; 2 when the command itself cannot be followed
+(nothing was run then); 130 when it was interrupted.
+"""
+
+from __future__ import annotations
+
+import os
+import shlex
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any
+
+import click
+
+from fishlib.rerun import chapters
+from fishlib.rerun import run as runs
+
+
+class BadInput(click.ClickException):
+    """The command cannot be followed; nothing was run."""
+
+    exit_code = 2
+
+
+@contextmanager
+def checking() -> Iterator[None]:
+    """What is checked inside is the user's input: an error is told in one sentence."""
+    try:
+        yield
+    except ValueError as error:
+        raise BadInput(str(error)) from error
+
+
+class Display:
+    """Lines that stay, and in a terminal a last line that shows what is going on."""
+
+    def __init__(self) -> None:
+        self.live = sys.stdout.isatty()
+
+    def line(self, text: str, **style: Any) -> None:
+        self.status("")
+        click.secho(text, **style)
+
+    def status(self, text: str) -> None:
+        if self.live:
+            width = os.get_terminal_size().columns if sys.stdout.isatty() else 80
+            click.echo(f"\r\x1b[2K{text[: width - 1]}", nl=False)
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
+@click.version_option(package_name="fishlib")
+def main() -> None:
+    """Run the book's chapters with parameters of your own, sweep them over grids, collect results, render the site.
+
+    A chapter is named by path, file name or stem (00_why_compact), from any folder.
+    """
+
+
+parameters = click.option("-p", "--parameter", "given", nargs=2, multiple=True, metavar="NAME VALUE",
+                          help="Set a parameter of the chapter; see `fishlib params CHAPTER`. Repeatable.")
+profile = click.option("--profile", default="quick", show_default=True,
+                       help="Named set of values in chapters/profiles/<chapter>.yml; quick is the chapter's defaults.")
+timeout = click.option("--timeout", type=click.FloatRange(min=0, min_open=True), metavar="SECONDS",
+                       help="End a run that takes longer, as failed. No limit by default.")
+force = click.option("--force", is_flag=True, help="Run also what is finished already.")
+
+
+@main.command()
+@click.argument("names", metavar="CHAPTER...", nargs=-1, required=True)
+@profile
+@parameters
+@click.option("--out", type=click.Path(path_type=Path, file_okay=False),
+              help="Folder for <chapter>.ipynb and results.json; with several chapters, a folder in it for each.")
+@click.option("-j", "--jobs", type=click.IntRange(min=1),
+              help="Chapters at once. Default: as cores and memory allow at quick on a CPU, else one.")
+@timeout
+@force
+def run(names: Sequence[str], profile: str, given: Sequence[tuple[str, str]], out: Path | None, jobs: int | None,
+        timeout: float | None, force: bool) -> None:
+    """Execute chapters by papermill, each in a process of its own.
+
+    Writes the executed notebook and results.json (records, parameters, provenance). Without --out, runs at the quick
+    profile with nothing changed go to _build/executed/<chapter>/, where `fishlib render` takes them from; all others
+    go to _build/runs/<chapter>/<identity>/. A finished run is not run again as long as its chapter, parameters, data,
+    library and pinned versions stay the same. A failing run leaves <chapter>.failed.ipynb.
+    """
+    with checking():
+        loaded = list({chapter.path: chapter for chapter in map(chapters.load, names)}.values())
+        settled = [chapter.settle(profile, _pairs(given)) for chapter in loaded]
+    _fetch(values.get("dataset") for values in settled)
+    with checking():
+        planned = [runs.plan(chapter, profile, values, _folder(out, chapter, len(loaded)))
+                   for chapter, values in zip(loaded, settled, strict=True)]
+        _refuse_shared_folders(planned)
+    display = Display()
+    waiting = _without_finished(planned, force, display)
+    if _perform(waiting, jobs or _default_jobs(len(waiting), profile), timeout, display):
+        sys.exit(1)
+
+
+def _pairs(given: Sequence[tuple[str, str]]) -> dict[str, str]:
+    if len(dict(given)) < len(given):
+        raise ValueError("a parameter is given twice: give each -p name once")
+    return dict(given)
+
+
+def _fetch(datasets: Iterator[Any]) -> None:
+    """Download what is missing before anything runs: parallel runs would all do it, compute nodes often cannot."""
+    for dataset in dict.fromkeys(datasets):
+        if chapters.missing_data(dataset):
+            click.echo(f"{dataset} is not on this machine yet: looking for it")
+            try:
+                chapters.fetch(dataset)
+            except (ValueError, OSError) as error:
+                raise click.ClickException(str(error)) from error
+
+
+def _folder(out: Path | None, chapter: chapters.Chapter, count: int) -> Path | None:
+    return out if out is None or count == 1 else out / chapter.path.stem
+
+
+def _refuse_shared_folders(planned: Sequence[runs.Run]) -> None:
+    taken: dict[Path, Path] = {}
+    for one in planned:
+        if one.folder in taken:
+            raise ValueError(f"{taken[one.folder]} and {one.chapter} would both go to {one.folder}: run them apart")
+        taken[one.folder] = one.chapter
+        others = [file for file in one.folder.glob("*.ipynb") if file not in (one.notebook, one.partial)]
+        if others and one.results.is_file():
+            raise ValueError(f"{one.folder} holds the run of another chapter ({others[0].name}): choose another --out")
+
+
+def _without_finished(planned: Sequence[runs.Run], force: bool, display: Display) -> list[runs.Run]:
+    waiting = []
+    for one in planned:
+        if force or not runs.finished(one):
+            waiting.append(one)
+        else:
+            runs.renew_text(one)
+            display.line(f"{one.chapter.stem}: finished before, unchanged (--force runs it again): "
+                         f"{_short(one.notebook)}")
+    return waiting
+
+
+def _default_jobs(count: int, profile: str) -> int:
+    from fishlib.rerun import devices, sweep
+
+    return 1 if profile != "quick" or devices.available() else max(1, min(count, sweep.default_workers(False)))
+
+
+def _perform(waiting: Sequence[runs.Run], jobs: int, timeout: float | None, display: Display) -> list[runs.Run]:
+    """Execute runs and tell of each; those that failed."""
+    failed, running, started = [], runs.Running(), time.monotonic()
+    if waiting:
+        display.line(f"running {', '.join(one.chapter.stem for one in waiting)}"
+                     + (f", {min(jobs, len(waiting))} at a time" if len(waiting) > 1 else ""))
+
+    def tick() -> None:
+        cells = ", ".join(f"{stem} cell {cell} of {of}" for stem, (cell, of) in sorted(running.cells.items()))
+        display.status(f"{time.monotonic() - started:4.0f} s  {cells}")
+
+    try:
+        for one, outcome in runs.perform(waiting, jobs, timeout, _threads(jobs), running, tick):
+            if outcome.status == "finished":
+                display.line(f"{one.chapter.stem}: finished in {outcome.seconds:.0f} s: {_short(one.notebook)}")
+            else:
+                failed.append(one)
+                display.line(outcome.message, fg="red")
+    except KeyboardInterrupt:
+        display.line("interrupted: the runs under way were ended, those finished stay")
+        sys.exit(130)
+    display.status("")
+    return failed
+
+
+def _threads(jobs: int) -> dict[str, str]:
+    """Share the cores among runs at the same time, unless the user has."""
+    from fishlib.rerun.sweep import cores
+
+    return {} if jobs == 1 or "OMP_NUM_THREADS" in os.environ else {"OMP_NUM_THREADS": str(max(1, cores() // jobs))}
+
+
+def _short(path: Path) -> str:
+    return os.path.relpath(path) if path.is_relative_to(Path.cwd()) else str(path)
+
+
+@main.command()
+@click.argument("name", metavar="CHAPTER")
+def params(name: str) -> None:
+    """List a chapter's parameters: type, default, valid values, meaning, and what its profiles change."""
+    with checking():
+        chapter = chapters.load(name)
+        others = {profile: chapter.settle(profile) for profile in chapter.profiles if profile != "quick"}
+    rows = [["name", "type", "quick", *others, "valid", "meaning"]]
+    for parameter in chapter.parameters.values():
+        values = [repr(settled[parameter.name]) for settled in others.values()]
+        rows.append([parameter.name, parameter.kind.__name__, repr(parameter.default), *values, _valid(parameter),
+                     parameter.help])
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    for row in rows:
+        click.echo("  ".join(text.ljust(width) for text, width in zip(row, widths, strict=True)).rstrip())
+
+
+def _valid(parameter: Any) -> str:
+    if parameter.choices:
+        return " | ".join(map(str, parameter.choices))
+    return f"{parameter.low:g} .. {parameter.high:g}" if parameter.low is not None else "any"
+
+
+@main.command()
+@click.option("--executed", type=click.Path(path_type=Path, file_okay=False),
+              help="Folder of executed chapters. Default: _build/executed.")
+@click.option("--out", type=click.Path(path_type=Path, file_okay=False),
+              help="Folder of the site. Default: _build/html.")
+def render(executed: Path | None, out: Path | None) -> None:
+    """Render the book from executed chapters; ends with the path of its first page."""
+    from fishlib.rerun import render as rendering
+
+    if stale := _stale(executed or chapters.BUILD / "executed"):
+        raise click.ClickException(f"{', '.join(stale)} ran with another state of chapter, library, data or pins: "
+                                   f"run `fishlib run {' '.join(stale)}`")
+    try:
+        site = rendering.render(executed, out)
+    except rendering.RenderError as error:
+        raise click.ClickException(str(error)) from error
+    click.echo(site / "index.html")
+
+
+def _stale(executed: Path) -> list[str]:
+    """Chapters whose run is not what they would give now."""
+    import json
+
+    stale = []
+    for file in sorted([*executed.glob("results.json"), *executed.glob("*/results.json")]):
+        content = json.loads(file.read_text(encoding="utf-8"))
+        source, ran = chapters.CHAPTERS / f"{content['chapter']}.ipynb", content["provenance"]["identity"]
+        if source.is_file() and chapters.load(source).identity(content["parameters"]) != ran:
+            stale.append(content["chapter"])
+    return stale
+
+
+@main.command()
+@click.argument("names", metavar="CHAPTER...", nargs=-1, required=True)
+@click.option("-j", "--jobs", type=click.IntRange(min=1), help="Chapters at once, as for `run`.")
+@timeout
+def refresh(names: Sequence[str], jobs: int | None, timeout: float | None) -> None:
+    """Execute chapters again at the quick profile and renew their outputs in place.
+
+    Leaves out what changes from run to run: times, versions, the provenance table, outputs of cells tagged
+    nbval-ignore-output, outputs of more than 200 kB. A chapter that fails is left as it was.
+    """
+    from fishlib.rerun import refresh as refreshing
+
+    with checking(), tempfile.TemporaryDirectory(prefix="fishlib-refresh-") as scratch:
+        loaded = {chapter.path: chapter for chapter in map(chapters.load, names)}
+        planned = [runs.plan(chapter, folder=Path(scratch) / str(number) / chapter.path.stem)
+                   for number, chapter in enumerate(loaded.values())]
+        display = Display()
+        failed = _perform(planned, jobs or _default_jobs(len(planned), "quick"), timeout, display)
+        for one in planned:
+            if one not in failed:
+                changed = refreshing.renew(one)
+                display.line(f"{_short(one.chapter)}: {'renewed' if changed else 'unchanged'}")
+    if failed:
+        sys.exit(1)
+
+
+@main.command()
+@click.argument("name", metavar="CHAPTER")
+@click.option("-g", "--grid", "words", multiple=True, metavar="NAME=VALUES",
+              help="Values of a parameter: seed=0..4, or strength=0,1e-3,1e-2. Repeatable; all combinations run.")
+@profile
+@parameters
+@click.option("--scheduler", metavar="ADDRESS", help="Use the Dask scheduler at this address (tcp://host:8786).")
+@click.option("--workers", type=click.IntRange(min=1),
+              help="Start so many workers here. Default: as many as GPUs, else as cores and memory carry.")
+@click.option("--slurm", type=click.Path(path_type=Path, exists=True, dir_okay=False),
+              help="Start workers as SLURM jobs: a YAML file with `jobs` and arguments of dask_jobqueue.SLURMCluster.")
+@click.option("--device-per-run/--shared-devices", "device", default=None,
+              help="Give each run a GPU of its own. Default: where this machine has several. With --scheduler, start "
+                   "the workers with `--resources device=<GPUs of the worker>`.")
+@click.option("--retries", type=click.IntRange(min=0), default=0, show_default=True,
+              help="Times that a failing run is tried again. Runs of lost workers are done again in any case.")
+@timeout
+@click.option("--out", type=click.Path(path_type=Path, file_okay=False),
+              help="Folder that gets <chapter>/<identity>/ for each run. Default: _build/runs.")
+@force
+@click.option("--dry-run", is_flag=True, help="List the runs, and which are finished; start nothing.")
+def sweep(name: str, words: Sequence[str], profile: str, given: Sequence[tuple[str, str]], scheduler: str | None,
+          workers: int | None, slurm: Path | None, device: bool | None, retries: int, timeout: float | None,
+          out: Path | None, force: bool, dry_run: bool) -> None:
+    """Run a chapter over a grid of parameters, on a local Dask cluster or on one that is there.
+
+    Finished runs are skipped: start an interrupted sweep again and it goes on where it stopped. A failing run does not
+    stop the others; it leaves its partial notebook and is named at the end. `fishlib results` collects the numbers.
+    """
+    from fishlib.rerun import devices
+    from fishlib.rerun import sweep as sweeping
+
+    with checking():
+        if sum(choice is not None for choice in (scheduler, workers, slurm)) > 1:
+            raise ValueError("--scheduler, --workers and --slurm exclude each other: give one of them")
+        chapter = chapters.load(name)
+        axes = sweeping.grid(chapter, words)
+        fixed = chapter.settle(profile, _pairs(given))
+        if slurm:
+            sweeping.slurm_settings(slurm)
+    _fetch(iter(axes.get("dataset", [fixed.get("dataset")])))
+    with checking():
+        planned = sweeping.plans(chapter, profile, _pairs(given), axes, out)
+    display = Display()
+    waiting = [one for one in planned if force or not runs.finished(one)]
+    display.line(f"{chapter.path.stem}: {_runs(len(planned))}, {len(planned) - len(waiting)} finished before")
+    if dry_run:
+        for one in planned:
+            point = " ".join(f"{axis}={one.parameters[axis]}" for axis in axes)
+            display.line(f"{'to do   ' if one in waiting else 'finished'}  {point}  {_short(one.folder)}")
+        return
+    if device is None:
+        device = not scheduler and not slurm and len(devices.available()) > 1
+    options = {"force": force, "timeout": timeout, "device": device}
+    failed = _sweep(waiting, axes, display, (scheduler, workers, slurm), retries, options) if waiting else []
+    place = f" --in {shlex.quote(_short(out))}" if out else ""
+    display.line(f"{_runs(len(planned))}: {len(planned) - len(failed)} finished, {len(failed)} failed; collect them by "
+                 f"`fishlib results {shlex.quote(chapter.path.stem)}{place}`")
+    for text in failed:
+        display.line(f"failed: {text}", fg="red")
+    if failed:
+        sys.exit(1)
+
+
+def _runs(count: int) -> str:
+    return f"{count} run{'' if count == 1 else 's'}"
+
+
+def _sweep(waiting: Sequence[runs.Run], axes: Sequence[str], display: Display, where: tuple, retries: int,
+           options: dict[str, Any]) -> list[str]:
+    """Do the runs on a cluster; the failed ones, by their place in the grid."""
+    from fishlib.rerun import sweep as sweeping
+
+    scheduler, workers, slurm = where
+    failed: list[str] = []
+
+    def failure(one: runs.Run, error: BaseException) -> None:
+        failed.append(" ".join(f"{axis}={one.parameters[axis]}" for axis in axes) + f"  {_short(one.folder)}")
+        display.line(str(error) or type(error).__name__, fg="red")
+
+    try:
+        with ExitStack() as stack:
+            with checking():
+                client = stack.enter_context(sweeping.cluster(scheduler, workers, slurm, options["device"]))
+            if not scheduler and not slurm:
+                options = options | {"threads": max(1, sweeping.cores() // sweeping.capacity(client, False))}
+            device = options["device"]
+            _welcome(client, display, device)
+            sweeping.drive(waiting, sweeping.executor(client, retries, device),
+                           lambda: sweeping.capacity(client, device), len(waiting), _Shown(display), failure, **options)
+    except KeyboardInterrupt:
+        display.line("interrupted: start the same sweep again, it goes on where it stopped")
+        sys.exit(130)
+    except ImportError as error:
+        raise click.ClickException(f"{error}: sweeps need Dask, pip install 'fishlib[sweep]'") from error
+    except ConnectionError as error:
+        raise click.ClickException(str(error)) from error
+    display.status("")
+    return failed
+
+
+def _welcome(client: Any, display: Display, device: bool) -> None:
+    from fishlib.rerun import sweep as sweeping
+
+    display.line(f"Dask dashboard: {client.dashboard_link or 'none (pip install bokeh)'}")
+    if not sweeping.capacity(client, device):
+        resource = f" --resources {sweeping.REQUEST}=<number of GPUs>" if device else ""
+        display.line("no worker that can take these runs has joined yet, waiting; by hand: "
+                     f"`dask worker {client.scheduler.address} --nthreads 1{resource}`")
+
+
+class _Shown:
+    """Progress as one changing line in a terminal, else as a line for each run that ends."""
+
+    def __init__(self, display: Display) -> None:
+        self.display, self.ended = display, 0
+
+    def __call__(self, progress: Any) -> None:
+        ended = progress.done + progress.failed
+        left = "" if progress.seconds_left is None else f", about {_duration(progress.seconds_left)} left"
+        text = (f"done {progress.done}, running {progress.running}, failed {progress.failed}, "
+                f"waiting {progress.total - ended - progress.running}{left}")
+        if self.display.live:
+            self.display.status(text)
+        elif ended != self.ended:
+            self.display.line(text)
+        self.ended = ended
+
+
+def _duration(seconds: float) -> str:
+    minutes, hours = seconds / 60, seconds / 3600
+    return f"{seconds:.0f} s" if seconds < 90 else f"{minutes:.0f} min" if minutes < 90 else f"{hours:.1f} h"
+
+
+@main.command()
+@click.argument("pattern", default="*")
+@click.option("--in", "folders", multiple=True, type=click.Path(path_type=Path, file_okay=False, exists=True),
+              help="Where to look. Default: _build/runs and data/runs (the stored full-size runs). Repeatable.")
+@click.option("--out", type=click.Path(path_type=Path),
+              help="Path of the tables, without ending. Default: _build/results.")
+@click.option("--summary", "summarise", is_flag=True,
+              help="Mean, standard deviation, 95 % interval and n of each record for each setting, over seeds.")
+@click.option("--plot", nargs=3, metavar="X Y HUE",
+              help="Draw Y over X, a line for each HUE (- for one line), to <out>.png.")
+def results(pattern: str, folders: Sequence[Path], out: Path | None, summarise: bool,
+            plot: tuple[str, str, str] | None) -> None:
+    """Collect the results of all runs into one tidy table, as parquet and CSV.
+
+    PATTERN chooses chapters ('01*') or runs ('01*/3fa9*'). Two runs with the same chapter and parameters, and records
+    that are not finite, are refused by name.
+    """
+    from fishlib.rerun import collect
+
+    out = out or chapters.BUILD / "results"
+    try:
+        table = collect.results(pattern, list(folders) or None)
+        if table.empty:
+            raise ValueError(f"no finished run matches {pattern!r}: `fishlib sweep` makes some, --in names folders")
+        for chapter, states in collect.mixed(table).items():
+            click.secho(f"note: the runs of {chapter} come from {states} states of the library", fg="yellow", err=True)
+        shown = collect.summary(table) if summarise else table[[c for c in table if not c.startswith("provenance.")]]
+        click.echo(shown.to_string(index=False, max_rows=60))
+        files = [*collect.save(table, out)]
+        if summarise:
+            files += collect.save(shown, out.with_name(f"{out.name}_summary"))
+        if plot:
+            x, y, hue = plot
+            files.append(collect.plot(table, x, y, None if hue == "-" else hue, out.with_name(f"{out.name}.png")))
+    except ValueError as error:
+        raise click.ClickException(str(error)) from error
+    except ImportError as error:
+        raise click.ClickException(f"{error}: the table needs pyarrow, pip install 'fishlib[sweep]'") from error
+    for file in files:
+        click.echo(_short(file))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,219 @@
+"""The results of all runs as one tidy table: a row a run; parameters, records and provenance as columns."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Iterable, Sequence
+from fnmatch import fnmatch
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from fishlib.rerun import chapters
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+STORED = chapters.ROOT / "data" / "runs"
+FEW = 5  # names in one message
+
+
+def results(pattern: str = "*", folders: Sequence[Path] | None = None) -> pd.DataFrame:
+    """All finished runs, a row each.
+
+    Parameters
+    ----------
+    pattern : shell pattern of chapters (``01*``) or of ``chapter/folder of the run``
+    folders : where to look; by default `_build/runs`, where sweeps leave their runs, and `data/runs`, the full-size
+        runs that the repository keeps. A run of the first that was stored unchanged in the second counts once.
+
+    Returns
+    -------
+    DataFrame
+        columns ``chapter``, ``identity``, one for each parameter and each record (nested records as ``name.key``), and
+        ``provenance.*``; empty without any run; ``attrs["parameters"]`` lists the parameters' columns
+
+    Raises
+    ------
+    ValueError
+        two runs of one chapter with the same parameters, a record that is not finite, a record named as a parameter of
+        another value, a damaged file; always with the files concerned
+    """
+    import pandas as pd
+
+    folders = [chapters.BUILD / "runs", STORED] if folders is None else folders
+    files = {file: content for file, content in _read(folders) if _matches(file, content["chapter"], pattern)}
+    files = _without_stored_copies(files)
+    _refuse_duplicates(files)
+    _refuse_non_finite(files)
+    table = pd.DataFrame([_row(file, content) for file, content in files.items()])
+    names = (name for content in files.values() for name in content["parameters"])
+    table.attrs["parameters"] = list(dict.fromkeys(names))
+    return table
+
+
+def stored(pattern: str = "*") -> pd.DataFrame:
+    """The full-size runs that the repository keeps in `data/runs`, as `results`; what chapters compare with."""
+    return results(pattern, [STORED])
+
+
+def _read(folders: Iterable[Path]) -> Iterable[tuple[Path, dict[str, Any]]]:
+    for file in sorted({file.resolve() for folder in folders for file in Path(folder).rglob("results.json")}):
+        try:
+            content = json.loads(file.read_text(encoding="utf-8"))
+            content["records"], content["parameters"], content["provenance"], content["chapter"]
+        except (ValueError, KeyError, TypeError) as error:
+            reason = f"{type(error).__name__}: {error}"
+            raise ValueError(f"{file} is not the results of a run ({reason}): remove it") from error
+        yield file, content
+
+
+def _matches(file: Path, chapter: str, pattern: str) -> bool:
+    return any(fnmatch(name, pattern) for name in (chapter, f"{chapter}.ipynb", f"{chapter}/{file.parent.name}"))
+
+
+def _without_stored_copies(files: dict[Path, dict]) -> dict[Path, dict]:
+    kept = [content for file, content in files.items() if file.is_relative_to(STORED.resolve())]
+    return {file: content for file, content in files.items()
+            if file.is_relative_to(STORED.resolve()) or content not in kept}
+
+
+def _refuse_duplicates(files: dict[Path, dict]) -> None:
+    first: dict[str, Path] = {}
+    twice = []
+    for file, content in files.items():
+        key = json.dumps([content["chapter"], content["parameters"]], sort_keys=True)
+        if key in first:
+            twice.append(f"{first[key].parent} and {file.parent}")
+        first.setdefault(key, file)
+    if twice:
+        raise ValueError("the same chapter with the same parameters, twice, perhaps with an older library: "
+                         f"{_some(twice)}. Remove one of each, or narrow the pattern")
+
+
+def _refuse_non_finite(files: dict[Path, dict]) -> None:
+    found = [f"{name} in {file}" for file, content in files.items()
+             for name, value in _flat(content["records"]).items() if not _finite(value)]
+    if found:
+        raise ValueError(f"records that are not finite: {_some(found)}. Remove these runs, or narrow the pattern")
+
+
+def _some(names: list[str]) -> str:
+    return "; ".join(names[:FEW]) + (f"; and {len(names) - FEW} more" if len(names) > FEW else "")
+
+
+def _finite(value: Any) -> bool:
+    if isinstance(value, list):
+        return all(map(_finite, value))
+    return not isinstance(value, float) or math.isfinite(value)
+
+
+def _flat(records: dict[str, Any]) -> dict[str, Any]:
+    """Nested records under names joined by dots."""
+    flat = {}
+    for name, value in records.items():
+        inner = {f"{name}.{key}": item for key, item in _flat(value).items()} if isinstance(value, dict) else None
+        flat |= {name: value} if inner is None else inner
+    return flat
+
+
+def _row(file: Path, content: dict[str, Any]) -> dict[str, Any]:
+    parameters, records, provenance = content["parameters"], _flat(content["records"]), content["provenance"]
+    if clash := [name for name in records if name in parameters and records[name] != parameters[name]]:
+        raise ValueError(f"{file}: the records {', '.join(clash)} are named as parameters but differ: rename them")
+    return ({"chapter": content["chapter"], "identity": provenance.get("identity")} | parameters | records
+            | {f"provenance.{name}": value for name, value in _flat(provenance).items() if name not in
+               ("identity", "parameters")} | {"file": str(file)})
+
+
+def summary(table: pd.DataFrame) -> pd.DataFrame:
+    """Every numeric record for every setting, over seeds: mean, standard deviation, 95 % interval of the mean, n.
+
+    The standard deviation divides by n - 1; the interval is Student's, mean -+ t(0.975, n - 1) * std / sqrt(n). Both are
+    empty for n = 1. `table` comes from `results`, rows left out or not.
+    """
+    import pandas as pd
+    from scipy.stats import t
+
+    names = table.attrs["parameters"]
+    keys = ["chapter", *(name for name in names if name != "seed")]
+    records = [name for name in table.select_dtypes(["number", "bool"]).columns
+               if name not in names and not name.startswith("provenance.")]
+    if not records:
+        return pd.DataFrame(columns=[*keys, "record", "mean", "std", "low", "high", "n"])
+    # As text, so that lists, too, can be grouped; the values themselves come back from each group's first row.
+    groups = table.astype({name: "string" for name in keys}).groupby(keys, dropna=False, sort=False).indices.values()
+    rows = []
+    for rows_of_group in groups:
+        group = table.iloc[rows_of_group]
+        for record in records:
+            values = group[record].dropna().astype(float)
+            n, mean, std = len(values), values.mean(), values.std()
+            half = t.ppf(0.975, n - 1) * std / math.sqrt(n) if n > 1 else math.nan
+            if n:
+                rows.append(dict(group[keys].iloc[0]) | {"record": record, "mean": mean, "std": std,
+                                                         "low": mean - half, "high": mean + half, "n": n})
+    return pd.DataFrame(rows)
+
+
+def mixed(table: pd.DataFrame) -> dict[str, int]:
+    """Chapters whose runs come from more than one state of the library, with the number of states."""
+    if "provenance.library" not in table:
+        return {}
+    states = table.groupby("chapter")["provenance.library"].nunique()
+    return {chapter: int(count) for chapter, count in states.items() if count > 1}
+
+
+def save(table: pd.DataFrame, stem: Path) -> tuple[Path, Path]:
+    """Write `<stem>.parquet` and `<stem>.csv`, each whole or not at all; lists become JSON text."""
+    flat = table.copy()
+    for name in flat.columns:
+        if flat[name].map(lambda value: isinstance(value, list)).any():
+            flat[name] = flat[name].map(lambda value: json.dumps(value) if isinstance(value, list) else value)
+        elif flat[name].dtype == object and flat[name].dropna().map(type).nunique() > 1:
+            flat[name] = flat[name].map(lambda value: value if value is None else str(value))
+    files = stem.with_name(stem.name + ".parquet"), stem.with_name(stem.name + ".csv")
+    stem.parent.mkdir(parents=True, exist_ok=True)
+    for file, writer in zip(files, (flat.to_parquet, flat.to_csv), strict=True):
+        part = file.with_name(f".{file.name}.{os.getpid()}.part")
+        try:
+            writer(part, index=False)
+            os.replace(part, file)
+        finally:
+            part.unlink(missing_ok=True)
+    return files
+
+
+def plot(table: pd.DataFrame, x: str, y: str, hue: str | None, out: Path) -> Path:
+    """Draw a record over a parameter as mean with its 95 % interval over seeds, a line for each value of `hue`.
+
+    Raises
+    ------
+    ValueError
+        a column that the table does not have, with those that it has
+    """
+    if unknown := [name for name in (x, y, hue) if name is not None and name not in table.columns]:
+        have = [name for name in table.columns if not name.startswith("provenance.")]
+        raise ValueError(f"no column {', '.join(map(repr, unknown))}: use {', '.join(have)}")
+    from matplotlib.figure import Figure
+
+    from fishlib.notebook import plot_style
+
+    plot_style()
+    import seaborn as sns
+
+    axes = Figure(figsize=(7.0, 3.6), layout="constrained").subplots()
+    palette = sns.color_palette(n_colors=table[hue].nunique()) if hue else None
+    sns.lineplot(table, x=x, y=y, hue=hue, palette=palette, errorbar=("ci", 95), seed=0, err_style="bars",
+                 marker="o", ax=axes)
+    part = out.with_name(f".{os.getpid()}.{out.name}")
+    out.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        axes.figure.savefig(part, facecolor="white")
+        os.replace(part, out)
+    except ValueError as error:
+        raise ValueError(f"{out}: {error}") from error
+    finally:
+        part.unlink(missing_ok=True)
+    return out
