@@ -223,6 +223,17 @@ def _limited(labels: np.ndarray, limit: int | None, seed: int) -> np.ndarray:
     return _stratified(labels, test_size=limit, seed=seed)[1]
 
 
+def _moments(images: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and standard deviation of each channel, in [0, 1], from the counts of the 256 values: exact, and no large copy."""
+    counts = torch.stack([torch.bincount(channel.flatten().int(), minlength=256)
+                          for channel in images.unbind(-1)]).double()
+    values = torch.arange(256, device=images.device, dtype=torch.float64) / 255
+    share = counts / counts.sum(1, keepdim=True)
+    mean = share @ values
+    variance = share @ values.square() - mean.square()
+    return mean.float(), variance.clamp_min(1e-6).sqrt().float()
+
+
 class Batches:
     """Batches of a split, in order, or shuffled and augmented anew in every epoch.
 
@@ -360,8 +371,7 @@ class ImageData(L.LightningDataModule):
         self.classes = tuple(str(c) for c in arrays["classes"])
         self.fingerprint = arrays["fingerprint"]
         self._tensors = self._split(arrays, validation, limit, test_limit)
-        train = self._tensors["train"][0].flatten(0, 2).double() / 255
-        self.mean, self.std = train.mean(0).float(), train.std(0).clamp_min(1e-3).float()
+        self.mean, self.std = _moments(self._tensors["train"][0])
 
     def _split(self, arrays: dict, validation: float, limit: int | None, test_limit: int | None) -> dict:
         train_labels, test_labels = arrays["train_labels"], arrays["test_labels"]

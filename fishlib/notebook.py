@@ -253,8 +253,10 @@ def _publish(data: dict[str, str], meta: dict[str, Any]) -> None:
     display(data, metadata=meta, raw=True)
 
 
-def provenance(data: Any = None) -> Any:
+def provenance(data: Any = None) -> None:
     """The last cell of a chapter: where its numbers come from, as a table, and for the runner as metadata.
+
+    Records ``profile`` and ``duration`` as well, so that a chapter's first lines can cite them.
 
     Parameters
     ----------
@@ -272,6 +274,8 @@ def provenance(data: Any = None) -> Any:
         "versions": ", ".join(f"{name} {version}" for name, version in facts["versions"].items()),
         "duration": f"{facts['duration_s']:.0f} s",
     }
+    record("profile", facts["profile"])
+    record("duration", facts["duration_s"], rows["duration"])
     _publish({"text/html": _table(rows), "text/plain": pd.Series(rows).to_string()}, {"fishlib": {"provenance": facts}})
 
 

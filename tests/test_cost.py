@@ -1,0 +1,86 @@
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+from torch.nn import functional as F
+
+from fishlib import cost, nets
+
+
+def test_the_power_of_the_second_proposal():
+    assert cost.power(1e9, 20) == pytest.approx(12.8)
+
+
+@pytest.mark.parametrize(("depth", "parameters", "flops"), [(56, 853_018, 126.551), (110, 1_727_962, 254.985)])
+def test_resnets_have_the_decoded_costs(depth, parameters, flops):
+    found = cost.count(nets.resnet(depth), (3, 32, 32))
+    assert found.parameters == parameters
+    assert found.flops / 1e6 == pytest.approx(flops, abs=5e-4)
+
+
+@pytest.mark.parametrize(("net", "parameters"), [
+    (nets.lenet300(), 266_610), (nets.lenet5(), 431_080), (nets.classic_lenet5(), 61_706)])
+def test_lenets_have_the_published_sizes(net, parameters):
+    assert cost.count(net, (1, 28, 28)).parameters == parameters
+
+
+@settings(max_examples=25, deadline=None)
+@given(before=st.integers(1, 3), after=st.integers(1, 3), groups=st.integers(1, 3), kernel=st.integers(1, 3),
+       stride=st.integers(1, 2), padding=st.integers(0, 2), side=st.integers(4, 9))
+def test_convolutions_cost_what_their_loops_do(before, after, groups, kernel, stride, padding, side):
+    layer = nn.Conv2d(before * groups, after * groups, kernel, stride, padding, groups=groups)
+    positions = len(range(0, side + 2 * padding - kernel + 1, stride)) ** 2
+    found = cost.count(layer, (before * groups, side, side))
+    assert found.macs == positions * after * groups * before * kernel**2
+    assert found.activations == positions * after * groups
+
+
+class Functional(nn.Module):
+    """BatchNorm, ReLU and a matrix product without modules of their own."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(5, 12))
+
+    def forward(self, x):
+        x = F.batch_norm(x, torch.zeros(3), torch.ones(3))
+        return F.relu(x).flatten(1) @ self.weight.T
+
+
+def test_functional_code_counts_like_modules():
+    modules = nn.Sequential(nn.BatchNorm2d(3, affine=False), nn.ReLU(), nn.Flatten(), nn.Linear(12, 5, bias=False))
+    expected, found = cost.count(modules, (3, 2, 2)), cost.count(Functional(), (3, 2, 2))
+    assert (found.macs, found.norm_outputs, found.relu_outputs) == (60, 12, 12)
+    assert found.flops == expected.flops
+    assert found.parameters == expected.parameters
+
+
+def test_the_table_of_layers_adds_up_to_the_whole():
+    found = cost.count(nets.resnet(20), (3, 32, 32))
+    assert found.layers["macs"].sum() == found.macs
+    assert found.layers["parameters"].sum() == found.parameters
+    assert found.layers["layer"].is_unique
+
+
+def test_energy_follows_the_table_by_hand():
+    found = cost.count(nn.Linear(10, 4, bias=False), (10,))
+    energy = found.energy() * 1e6
+    assert energy["arithmetic"] == pytest.approx(40 * (0.9 + 3.7))
+    assert energy["weights from DRAM"] == pytest.approx(40 * 640)
+    assert energy["activations in SRAM"] == pytest.approx(2 * 4 * 5)
+    short = cost.count(nn.Linear(10, 4, bias=False), (10,), bits=8).energy() * 1e6
+    assert short["weights from DRAM"] == pytest.approx(40 * 160)
+    with pytest.raises(ValueError, match="bits=3"):
+        cost.count(nn.Linear(10, 4), (10,), bits=3).energy()
+
+
+def test_counting_and_timing_leave_the_network_as_it_was():
+    net = nets.small_cnn(10, (1, 8, 8))
+    net[1].eval()
+    before = {name: value.clone() for name, value in net.state_dict().items()}
+    cost.count(net, (1, 8, 8))
+    assert cost.latency(net, (1, 8, 8), repeats=2) > 0
+    assert net.training
+    assert not net[1].training
+    assert all(torch.equal(before[name], value) for name, value in net.state_dict().items())

@@ -1,0 +1,298 @@
+import gzip
+import pickle
+import struct
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+
+from fishlib import data as module
+from fishlib.data import ImageData, augment, fingerprint, from_torchvision, load_arrays
+
+
+@pytest.fixture
+def nowhere(tmp_path, monkeypatch):
+    """No data on disk, no network: torchvision's download fails as it does without a connection."""
+    monkeypatch.setattr(module, "CACHE", tmp_path / "cache")
+    monkeypatch.setenv("FISHLIB_DATA", str(tmp_path / "mine"))
+
+    def offline(*args, **kwargs):
+        raise RuntimeError("no connection")
+
+    monkeypatch.setattr(module, "from_torchvision", offline)
+    return tmp_path
+
+
+def small_arrays(side=4, classes=2, per_class=10):
+    labels = np.repeat(np.arange(classes, dtype=np.uint8), per_class)
+    images = np.random.default_rng(0).integers(0, 256, (len(labels), side, side), dtype=np.uint8)
+    return {"train_images": images, "train_labels": labels, "test_images": images[::2], "test_labels": labels[::2]}
+
+
+def test_fingerprint_does_not_depend_on_the_order_but_on_every_byte_and_label():
+    arrays = small_arrays()
+    images, labels = arrays["train_images"], arrays["train_labels"]
+    order = np.random.default_rng(1).permutation(len(labels))
+    assert fingerprint(images, labels) == fingerprint(images[order], labels[order])
+    altered = images.copy()
+    altered[3, 1, 1] ^= 1
+    assert fingerprint(images, labels) != fingerprint(altered, labels)
+    assert fingerprint(images, labels) != fingerprint(images, labels[order])
+
+
+@pytest.mark.real_data
+@pytest.mark.parametrize("name", ["mnist", "cifar10", "cifar100"])
+def test_real_data_has_the_published_fingerprint(name, real_data):
+    real_data(name)
+    arrays = load_arrays(name)
+    assert len(arrays["train_labels"]) in (50000, 60000)
+    assert fingerprint(arrays["test_images"], arrays["test_labels"]) == module.FINGERPRINTS[name, "test"]
+
+
+@pytest.mark.real_data
+def test_mnist_in_its_original_files_gives_the_same_arrays(tmp_path, real_data):
+    real_data("mnist")
+    arrays = load_arrays("mnist")
+    raw = tmp_path / "MNIST" / "raw"
+    raw.mkdir(parents=True)
+    for split, prefix in (("train", "train"), ("test", "t10k")):
+        images, labels = arrays[f"{split}_images"], arrays[f"{split}_labels"]
+        head = struct.pack(">IIII", 0x803, len(images), 28, 28)
+        (raw / f"{prefix}-images-idx3-ubyte").write_bytes(head + images.tobytes())
+        (raw / f"{prefix}-labels-idx1-ubyte").write_bytes(struct.pack(">II", 0x801, len(labels)) + labels.tobytes())
+    ours = from_torchvision("mnist", tmp_path)
+    for split in ("train", "test"):
+        found = fingerprint(ours[f"{split}_images"], ours[f"{split}_labels"])
+        assert found == module.FINGERPRINTS["mnist", split]
+
+
+@pytest.mark.real_data
+@pytest.mark.parametrize("name", ["cifar10", "cifar100"])
+def test_cifar_in_its_original_files_gives_the_published_fingerprint(name, tmp_path, monkeypatch, real_data):
+    """The pickled batches are rebuilt from the pixels; torchvision's check of their md5 has to be left out."""
+    from torchvision import datasets
+
+    real_data(name)
+    kind = datasets.CIFAR10 if name == "cifar10" else datasets.CIFAR100
+    monkeypatch.setattr(kind, "_check_integrity", lambda self: True)
+    monkeypatch.setattr(datasets.cifar, "check_integrity", lambda *args: True)
+    arrays = load_arrays(name)
+    folder = tmp_path / kind.base_folder
+    folder.mkdir()
+    key = "labels" if name == "cifar10" else "fine_labels"
+    for split, files in (("train", kind.train_list), ("test", kind.test_list)):
+        images = arrays[f"{split}_images"].transpose(0, 3, 1, 2).reshape(len(arrays[f"{split}_labels"]), -1)
+        pieces = zip(np.array_split(images, len(files)), np.array_split(arrays[f"{split}_labels"], len(files)), files,
+                     strict=True)
+        for pixels, labels, (file, _) in pieces:
+            (folder / file).write_bytes(pickle.dumps({"data": pixels, key: labels.tolist()}))
+    names = {kind.meta["key"]: [str(c) for c in arrays["classes"]]}
+    (folder / kind.meta["filename"]).write_bytes(pickle.dumps(names))
+    ours = from_torchvision(name, tmp_path)
+    assert fingerprint(ours["test_images"], ours["test_labels"]) == module.FINGERPRINTS[name, "test"]
+    assert list(ours["classes"]) == sorted(ours["classes"])
+
+
+def test_a_download_is_converted_checked_and_written_once(nowhere, monkeypatch):
+    calls = []
+
+    def download(name, root, download):
+        calls.append(name)
+        return small_arrays() | {"classes": np.array(["a", "b"])}
+
+    monkeypatch.setattr(module, "from_torchvision", download)
+    first, second = ImageData("svhn"), ImageData("svhn")
+    assert calls == ["svhn"]
+    assert first.fingerprint == second.fingerprint
+    assert [file.name for file in (nowhere / "cache").iterdir()] == ["svhn.npz"]
+
+
+def test_a_download_with_altered_content_is_refused_and_leaves_nothing_behind(nowhere, monkeypatch):
+    monkeypatch.setattr(module, "from_torchvision", lambda *a, **k: small_arrays() | {"classes": np.array(["a", "b"])})
+    with pytest.raises(ValueError, match=r"download of mnist is not the train split of mnist.*delete it"):
+        ImageData("mnist")
+    assert not list(nowhere.rglob("*.npz"))
+
+
+def test_without_file_and_network_one_error_names_what_was_looked_for_and_what_to_do(nowhere):
+    with pytest.raises(ConnectionError, match=r"cifar10\.npz was found neither in .*mine nor in .*cache.*FISHLIB_DATA"):
+        ImageData("cifar10")
+    assert not list(nowhere.rglob("*.npz"))
+
+
+def test_unknown_name_is_refused_with_the_known_ones():
+    with pytest.raises(ValueError, match="unknown data set 'mnits': use one of digits, mnist"):
+        ImageData("mnits")
+
+
+@pytest.mark.parametrize("share", [0.0, 0.5, 0.999])
+def test_truncated_file_is_refused_by_name(share, nowhere):
+    (nowhere / "mine").mkdir()
+    path = nowhere / "mine" / "mnist.npz"
+    np.savez(path, **small_arrays())
+    content = path.read_bytes()
+    path.write_bytes(content[: int(share * len(content))])
+    with pytest.raises(ValueError, match=r"mnist\.npz is damaged or not an npz file"):
+        ImageData("mnist")
+
+
+def test_file_of_other_content_is_refused_by_fingerprint(nowhere):
+    (nowhere / "mine").mkdir()
+    np.savez(nowhere / "mine" / "mnist.npz", **small_arrays())
+    with pytest.raises(ValueError, match="is not the train split of mnist: fingerprint"):
+        ImageData("mnist")
+
+
+def test_file_without_labels_is_refused_by_the_missing_array(nowhere):
+    (nowhere / "mine").mkdir()
+    np.savez(nowhere / "mine" / "svhn.npz", train_images=small_arrays()["train_images"])
+    with pytest.raises(ValueError, match="lacks the arrays train_labels, test_images, test_labels"):
+        ImageData("svhn")
+
+
+def test_file_of_pickled_objects_is_never_unpickled(nowhere):
+    (nowhere / "mine").mkdir()
+    arrays = small_arrays() | {"train_labels": np.array([{"no": "labels"}], dtype=object)}
+    np.savez(nowhere / "mine" / "svhn.npz", **arrays)
+    with pytest.raises(ValueError, match="is damaged or not an npz file"):
+        ImageData("svhn")
+
+
+def write_folder(root, classes=("cat", "dög"), count=12, side=6):
+    for c, name in enumerate(classes):
+        (root / name).mkdir(parents=True)
+        for k in range(count):
+            pixels = np.full((side, side, 3), 40 * c + k, dtype=np.uint8)
+            Image.fromarray(pixels).save(root / name / f"{k}.png")
+
+
+def test_a_folder_of_class_folders_is_a_data_set(tmp_path):
+    write_folder(tmp_path / "my images")
+    data = ImageData(str(tmp_path / "my images"), batch_size=4)
+    assert data.classes == ("cat", "dög")
+    assert data.shape == (3, 6, 6)
+    assert sum(data.size(split) for split in module.SPLITS) == 24
+
+
+def test_train_and_test_folders_are_kept_apart(tmp_path):
+    write_folder(tmp_path / "train")
+    write_folder(tmp_path / "test", count=3)
+    assert ImageData(str(tmp_path)).size("test") == 6
+
+
+def test_an_empty_class_folder_is_named(tmp_path):
+    write_folder(tmp_path)
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(FileNotFoundError, match="one folder a class with images in each.*empty"):
+        ImageData(str(tmp_path))
+
+
+def test_a_class_that_the_test_folder_lacks_is_named(tmp_path):
+    write_folder(tmp_path / "train")
+    write_folder(tmp_path / "test", classes=("cat",), count=3)
+    with pytest.raises(FileNotFoundError, match=r"test has the class folders cat, but .* has cat, dög"):
+        ImageData(str(tmp_path))
+
+
+def test_images_of_two_sizes_and_broken_images_are_named(tmp_path):
+    write_folder(tmp_path)
+    Image.new("RGB", (9, 9)).save(tmp_path / "cat" / "99.png")
+    with pytest.raises(ValueError, match=r"99\.png is \(9, 9\) pixels"):
+        ImageData(str(tmp_path))
+    (tmp_path / "cat" / "99.png").write_bytes(b"no image")
+    with pytest.raises(ValueError, match=r"99\.png is not a readable image"):
+        ImageData(str(tmp_path))
+
+
+def test_splits_are_disjoint_stratified_and_seeded():
+    data, same, other = ImageData(validation=0.25), ImageData(validation=0.25), ImageData(validation=0.25, seed=1)
+    images = {split: {x.numpy().tobytes() for x in data._tensors[split][0]} for split in ("train", "validation")}
+    assert not images["train"] & images["validation"]
+    share = torch.bincount(data.split("validation")[1]) / torch.bincount(torch.cat(
+        [data.split("train")[1], data.split("validation")[1]]))
+    assert torch.allclose(share, torch.full((10,), 0.25), atol=0.02)
+    assert torch.equal(data.split("validation")[0], same.split("validation")[0])
+    assert not torch.equal(data.split("validation")[0], other.split("validation")[0])
+    assert torch.equal(data.split("test")[1], other.split("test")[1])
+
+
+def test_limit_takes_a_stratified_subset_and_leaves_the_test_split():
+    data = ImageData(limit=200, validation=0.2)
+    assert data.size("train") + data.size("validation") == 200
+    assert data.size("test") == ImageData().size("test")
+    counts = torch.bincount(torch.cat([data.split("train")[1], data.split("validation")[1]]))
+    assert counts.max() - counts.min() <= 2
+    with pytest.raises(ValueError, match="limit=5 is below the number of classes"):
+        ImageData(limit=5)
+
+
+def test_standardisation_uses_the_training_pixels_alone(digits):
+    pixels = digits._tensors["train"][0].double() / 255
+    assert torch.allclose(digits.mean.double(), pixels.mean().view(1), atol=1e-6)
+    assert torch.allclose(digits.std.double(), pixels.std(correction=0).view(1), atol=1e-6)
+    images, _ = digits.split("train")
+    assert abs(float(images.mean())) < 1e-4
+    assert abs(float(images.std()) - 1) < 1e-3
+
+
+def test_an_epoch_visits_every_image_once_in_another_order_each_time(digits):
+    batches = ImageData(batch_size=64, device="cpu").batches("train")
+    first = [labels for _, labels in batches]
+    second = [labels for _, labels in batches]
+    assert len(first) == len(batches)
+    assert all(len(labels) == 64 for labels in first)
+    assert not torch.equal(torch.cat(first), torch.cat(second))
+    batches.set_epoch(0)
+    assert torch.equal(torch.cat(first), torch.cat([labels for _, labels in batches]))
+
+
+def test_ordered_batches_hold_the_whole_split_unaugmented(digits):
+    images = torch.cat([x for x, _ in digits.batches("validation", batch_size=50)])
+    assert torch.equal(images, digits.split("validation")[0])
+
+
+@settings(max_examples=20, deadline=None)
+@given(side=st.integers(6, 16), channels=st.sampled_from([1, 3]), seed=st.integers(0, 1000))
+def test_every_augmented_image_is_a_shifted_perhaps_mirrored_original(side, channels, seed):
+    generator = torch.Generator().manual_seed(seed)
+    images = torch.randint(1, 256, (3, side, side, channels), generator=generator, dtype=torch.uint8)
+    pad = max(1, side // 8)
+    for original, result in zip(images, augment(images, ("crop", "flip"), generator), strict=True):
+        candidates = []
+        for version in (original, original.flip(1)):
+            padded = torch.nn.functional.pad(version, (0, 0, pad, pad, pad, pad))
+            candidates += [padded[i : i + side, j : j + side] for i in range(2 * pad + 1) for j in range(2 * pad + 1)]
+        assert any(torch.equal(result, candidate) for candidate in candidates)
+
+
+def test_cutout_hides_one_square_of_half_the_side():
+    generator = torch.Generator().manual_seed(0)
+    images = torch.full((200, 32, 32, 3), 7, dtype=torch.uint8)
+    hidden = (augment(images, ("cutout",), generator) == 0)[..., 0]
+    assert int(hidden.sum((1, 2)).max()) == 16 * 16
+    rows, columns = hidden.any(2).sum(1), hidden.any(1).sum(1)
+    assert torch.equal(hidden.sum((1, 2)), rows * columns)
+    assert int(rows.min()) >= 8
+
+
+@pytest.mark.parametrize(("options", "message"), [
+    ({"batch_size": 0}, "batch_size=0"), ({"validation": 1.0}, "validation=1.0"),
+    ({"augment": ("rotate",)}, "unknown augmentation rotate: use crop, flip, cutout")])
+def test_impossible_options_are_refused(options, message):
+    with pytest.raises(ValueError, match=message):
+        ImageData(**options)
+
+
+def test_unknown_split_is_refused(digits):
+    with pytest.raises(ValueError, match="unknown split 'valid': use one of train, validation, test"):
+        digits.batches("valid")
+
+
+def test_gzip_is_not_mistaken_for_npz(nowhere):
+    (nowhere / "mine").mkdir()
+    (nowhere / "mine" / "mnist.npz").write_bytes(gzip.compress(b"something else"))
+    with pytest.raises(ValueError, match="is damaged or not an npz file"):
+        ImageData("mnist")

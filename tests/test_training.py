@@ -1,0 +1,170 @@
+import copy
+
+import pytest
+import pytorch_lightning as L
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from fishlib import nets
+from fishlib.data import ImageData
+from fishlib.training import evaluate, fit
+
+
+class Stop(Exception):
+    pass
+
+
+class StopAt(L.Callback):
+    def __init__(self, epoch):
+        self.epoch = epoch
+
+    def on_train_epoch_start(self, trainer, module):
+        if module.current_epoch == self.epoch:
+            raise Stop
+
+
+@pytest.fixture(scope="module")
+def small():
+    return ImageData("digits", batch_size=32, limit=400, device="cpu")
+
+
+@pytest.fixture
+def net():
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Flatten(), nn.Linear(64, 16), nn.BatchNorm1d(16), nn.Dropout(0.2), nn.ReLU(), nn.Linear(16, 10))
+
+
+def same(first, second):
+    return all(torch.equal(a, b) for a, b in zip(first.state_dict().values(), second.state_dict().values(), strict=True))
+
+
+def test_training_learns_and_the_history_is_tidy(small, net):
+    trained, history = fit(net, small, epochs=6, lr=1e-2)
+    assert history["epoch"].tolist() == [1, 2, 3, 4, 5, 6]
+    assert history["train_loss"].iloc[-1] < history["train_loss"].iloc[0]
+    assert history["validation_accuracy"].iloc[-1] == pytest.approx(evaluate(trained, small).accuracy)
+    assert history["validation_loss"].iloc[-1] == pytest.approx(evaluate(trained, small).loss, rel=1e-5)
+    assert history.notna().all().all()
+
+
+def test_the_given_network_and_the_random_state_stay_as_they_were(small, net):
+    before, state = copy.deepcopy(net), torch.get_rng_state()
+    fit(net, small, epochs=1)
+    assert same(net, before)
+    assert net.training
+    assert all(p.grad is None for p in net.parameters())
+    assert torch.equal(state, torch.get_rng_state())
+
+
+def test_the_random_state_and_the_network_stay_also_after_an_exception(small, net):
+    before, state = copy.deepcopy(net), torch.get_rng_state()
+    with pytest.raises(Stop):
+        fit(net, small, epochs=3, callbacks=[StopAt(1)])
+    assert same(net, before)
+    assert torch.equal(state, torch.get_rng_state())
+
+
+@pytest.mark.parametrize("optimizer", ["sgd", "adam", "adamw"])
+def test_the_same_seed_gives_the_same_weights_to_the_last_bit(small, net, optimizer):
+    runs = [fit(net, small, epochs=2, optimizer=optimizer, lr=0.01, seed=seed)[0] for seed in (3, 3, 4)]
+    assert same(runs[0], runs[1])
+    assert not same(runs[0], runs[2])
+
+
+def test_an_interrupted_run_goes_on_to_the_same_result(small, net, tmp_path):
+    whole, history = fit(net, small, epochs=5)
+    file = tmp_path / "with space ü" / "run.ckpt"
+    with pytest.raises(Stop):
+        fit(net, small, epochs=5, checkpoint=file, callbacks=[StopAt(3)])
+    resumed, again = fit(net, small, epochs=5, checkpoint=file)
+    assert same(whole, resumed)
+    assert history.drop(columns="seconds").equals(again.drop(columns="seconds"))
+    assert [path.name for path in file.parent.iterdir()] == ["run.ckpt"]
+
+
+def test_a_checkpoint_of_another_run_or_a_damaged_one_is_refused(small, net, tmp_path):
+    file = tmp_path / "run.ckpt"
+    fit(net, small, epochs=1, checkpoint=file)
+    with pytest.raises(ValueError, match=r"other settings \(epochs 1 there, 2 here\)"):
+        fit(net, small, epochs=2, checkpoint=file)
+    file.write_bytes(b"damaged")
+    with pytest.raises(ValueError, match="is not a checkpoint"):
+        fit(net, small, epochs=1, checkpoint=file)
+
+
+def test_fit_takes_the_same_steps_as_a_plain_loop(small):
+    torch.manual_seed(0)
+    net = nets.mlp(small.shape, 10, (12,))
+    ours, _ = fit(net, small, epochs=2, optimizer="sgd", lr=0.05, schedule="constant", precision="float32")
+    optimizer = torch.optim.SGD(net.parameters(), 0.05, momentum=0.9, nesterov=True)
+    batches = small.batches("train")
+    for _ in range(2):
+        for images, labels in batches:
+            optimizer.zero_grad()
+            F.cross_entropy(net(images), labels).backward()
+            optimizer.step()
+    assert same(net, ours)
+
+
+@pytest.mark.parametrize("schedule", ["onecycle", "step", "constant"])
+def test_schedules_end_where_they_should(small, net, schedule):
+    _, history = fit(net, small, epochs=4, optimizer="sgd", lr=0.1, schedule=schedule)
+    last = history["lr"].iloc[-1]
+    assert last == pytest.approx({"onecycle": 0.0, "step": 0.001, "constant": 0.1}[schedule], abs=1e-3)
+
+
+def test_a_penalty_is_added_to_the_loss(small, net):
+    weights = [fit(net, small, epochs=2, penalty=penalty)[0][1].weight.norm() for penalty in (
+        None, lambda net, images, labels, logits: 0.1 * sum(p.square().sum() for p in net.parameters()))]
+    assert weights[1] < weights[0]
+
+
+def test_an_optimizer_can_be_made_from_the_network(small, net):
+    trained, history = fit(net, small, epochs=1, optimizer=lambda net: torch.optim.RMSprop(net.parameters(), 1e-3))
+    assert not same(net, trained)
+    assert history["lr"].iloc[0] > 0
+
+
+def test_a_loss_that_is_no_longer_finite_stops_the_run_with_advice(small, net):
+    with pytest.raises(FloatingPointError, match=r"in epoch 1: lower the learning rate \(1e\+30\)"):
+        fit(nets.mlp(small.shape, 10, (12,)), small, epochs=2, optimizer="sgd", lr=1e30, schedule="constant")
+
+
+@pytest.mark.parametrize("options", [{"epochs": 0}, {"optimizer": "adm"}, {"schedule": "cosine"}, {"precision": "fp8"}])
+def test_unknown_options_are_refused_with_the_choices(small, net, options):
+    with pytest.raises(ValueError, match="use"):
+        fit(net, small, **options)
+
+
+def test_bfloat16_and_channels_last_train_a_convolutional_network(small):
+    torch.manual_seed(0)
+    trained, history = fit(nets.small_cnn(10, small.shape, 4), small, epochs=1, precision="bfloat16")
+    assert next(trained.parameters()).dtype == torch.float32
+    assert history.notna().all().all()
+
+
+def test_evaluate_restores_modes_and_states_the_standard_error(small, net):
+    net[3].eval()
+    result = evaluate(net, small, "test")
+    assert net.training
+    assert not net[3].training
+    assert result.samples == small.size("test")
+    assert result.standard_error == pytest.approx((result.accuracy * (1 - result.accuracy) / result.samples) ** 0.5)
+
+
+def test_evaluate_agrees_with_one_pass_over_the_split(small, net):
+    images, labels = small.split("test")
+    with torch.no_grad():
+        logits = copy.deepcopy(net).eval()(images)
+    result = evaluate(net, small, "test", batch_size=37)
+    assert result.loss == pytest.approx(F.cross_entropy(logits, labels).item(), rel=1e-5)
+    assert result.accuracy == pytest.approx((logits.argmax(1) == labels).double().mean().item())
+
+
+def test_training_prints_nothing(small, net, capfd, recwarn):
+    fit(net, small, epochs=1)
+    captured = capfd.readouterr()
+    assert captured.out == ""
+    assert captured.err == ""
+    assert not recwarn.list
