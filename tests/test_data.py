@@ -186,7 +186,7 @@ def test_train_and_test_folders_are_kept_apart(tmp_path):
 def test_an_empty_class_folder_is_named(tmp_path):
     write_folder(tmp_path)
     (tmp_path / "empty").mkdir()
-    with pytest.raises(FileNotFoundError, match="one folder a class with images in each.*empty"):
+    with pytest.raises(FileNotFoundError, match=r"one folder a class with images in each.*empty"):
         ImageData(str(tmp_path))
 
 

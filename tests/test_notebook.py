@@ -109,6 +109,7 @@ def test_percent_takes_fractions():
 
 
 def test_importing_the_library_stays_light():
-    code = "import fishlib, fishlib.notebook, sys; print([m for m in ('torch', 'sphinx', 'dask', 'papermill') if m in sys.modules])"
+    code = ("import fishlib, fishlib.notebook, sys\n"
+            "print([m for m in ('torch', 'sphinx', 'dask', 'papermill') if m in sys.modules])")
     found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
     assert found.strip() == "[]"

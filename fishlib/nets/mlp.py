@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import pairwise
 from math import prod
 
 from torch import nn
@@ -12,7 +13,7 @@ def mlp(shape: Sequence[int] = (1, 28, 28), classes: int = 10, hidden: Sequence[
     """Flattened images (N, C, H, W) through ReLU layers of `hidden` widths to logits (N, classes)."""
     widths = [prod(shape), *hidden]
     layers: list[nn.Module] = [nn.Flatten()]
-    for before, after in zip(widths[:-1], widths[1:], strict=True):
+    for before, after in pairwise(widths):
         layers += [nn.Linear(before, after), nn.ReLU()]
     return nn.Sequential(*layers, nn.Linear(widths[-1], classes))
 
