@@ -130,8 +130,8 @@ def _row(file: Path, content: dict[str, Any]) -> dict[str, Any]:
 def summary(table: pd.DataFrame) -> pd.DataFrame:
     """Every numeric record for every setting, over seeds: mean, standard deviation, 95 % interval of the mean, n.
 
-    The standard deviation divides by n - 1; the interval is Student's, mean -+ t(0.975, n - 1) * std / sqrt(n). Both are
-    empty for n = 1. `table` comes from `results`, rows left out or not.
+    The standard deviation divides by n - 1; the interval is Student's, mean -+ t(0.975, n - 1) * std / sqrt(n). Both
+    are empty for n = 1. `table` comes from `results`, rows left out or not.
     """
     import pandas as pd
     from scipy.stats import t

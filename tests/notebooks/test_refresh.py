@@ -1,0 +1,42 @@
+"""Chapters re-executed in place."""
+
+import json
+
+import nbformat
+from click.testing import CliRunner
+
+from fishlib.rerun import refresh
+from fishlib.rerun.cli import main
+
+
+def test_a_refreshed_chapter_has_new_outputs_and_nothing_that_changes_from_run_to_run(chapter):
+    source = chapter("print('a'); print('b')", "from fishlib.notebook import _publish\n"
+                     "_publish({'text/plain': 'now'}, {'fishlib': {'provenance': {'seed': 1}}})", "print('x' * 300_000)")
+    first = CliRunner().invoke(main, ["refresh", str(source)])
+    assert first.exit_code == 0, first.output
+    text = source.read_text()
+    notebook = nbformat.reads(text, as_version=4)
+    assert [len(cell.outputs) for cell in notebook.cells[1:]] == [0, 1, 1, 0, 0]
+    assert notebook.cells[3].outputs[0].text == "a\nb\n"
+    assert not [cell for cell in notebook.cells if "injected-parameters" in cell.metadata.get("tags", [])]
+    assert "papermill" not in json.dumps(notebook.metadata)
+    assert "start_time" not in text
+
+    second = CliRunner().invoke(main, ["refresh", str(source)])
+    assert "unchanged" in second.output
+    assert source.read_text() == text
+
+
+def test_a_failing_chapter_is_left_as_it_was(chapter):
+    source = chapter("1 / 0")
+    before = source.read_text()
+    result = CliRunner().invoke(main, ["refresh", str(source)])
+    assert result.exit_code == 1
+    assert "ZeroDivisionError" in result.output
+    assert source.read_text() == before
+
+
+def test_measured_times_are_not_kept():
+    cell = nbformat.v4.new_code_cell("time()", outputs=[nbformat.v4.new_output("stream", text="1.234 s")])
+    cell.metadata["tags"] = ["nbval-ignore-output"]
+    assert refresh.strip(nbformat.v4.new_notebook(cells=[cell])).cells[0].outputs == []
