@@ -1,0 +1,522 @@
+"""Penalties that make a network's outputs survive changes of its weights, each used as ``fit(net, data, penalty=...)``.
+
+If the weights change by a random d with mean zero and covariance S, the expected divergence between the predictions before
+and after is 1/2 tr(F S) to second order, with the Fisher information F. So each threat to the weights names its penalty:
+
+    penalty = FisherTrace(0.005, threat="range_noise")
+
+A penalty is one of three kinds: a *term* added to the loss (`FisherTrace`, `KLNoise`, `GradientNorm`, `L2`,
+`Distillation`), a *training at other weights*, whose loss takes the place of the plain one (`SAM`, `NoisyWeights`), or a
+*decoupled step* on the weights after the optimizer's own (`FisherWeighted`, `FisherQuantization`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytorch_lightning as L
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+from torch.nn import functional as F
+from torch.overrides import TorchFunctionMode
+
+from .training import evaluation_mode
+
+Threat = Callable[[Tensor], Tensor]
+
+
+def range_noise(weight: Tensor) -> Tensor:
+    """S = (max w - min w)^2 I: Gaussian noise whose deviation is a tensor's range, the unit of relative weight noise."""
+    return (weight.max() - weight.min()).square()
+
+
+def relative_noise(weight: Tensor) -> Tensor:
+    """S = diag(w^2): each weight times 1 + noise. Deleting a share r at random has the second moment r diag(w^2)."""
+    return weight.square()
+
+
+def isotropic(weight: Tensor) -> Tensor:
+    """S = I: the same noise on every weight, so that the penalty is tr F itself. It is not scale-free."""
+    return weight.new_ones(())
+
+
+def quantization(bits: int) -> Threat:
+    """S = step^2 / 12 I with step = range / (2^bits - 1): rounding to 2^bits levels between the extremes of a tensor."""
+    def rounding(weight: Tensor) -> Tensor:
+        return range_noise(weight) / (12 * (2**bits - 1) ** 2)
+
+    rounding.__name__ = f"quantization_{bits}_bits"
+    return rounding
+
+
+THREATS: dict[str, Threat] = {"range_noise": range_noise, "relative_noise": relative_noise, "isotropic": isotropic}
+
+
+def round_to(bits: int) -> Callable[[Tensor], Tensor]:
+    """The quantiser that rounds a tensor to the nearest of 2^bits equidistant levels from its minimum to its maximum."""
+    def rounded(weight: Tensor) -> Tensor:
+        low, step = weight.min(), (weight.max() - weight.min()).clamp_min(1e-30) / (2**bits - 1)
+        return low + step * ((weight - low) / step).round()
+
+    rounded.__name__ = f"round_to_{bits}_bits"
+    return rounded
+
+
+class Penalty(L.Callback):
+    """What all penalties share: a strength, its schedule, and a stop when the term is no longer finite.
+
+    Parameters
+    ----------
+    strength : factor of the term
+    every : apply at each `every`-th step only, then `every` times as strongly, which keeps the mean gradient
+    warmup : share of the training over which the strength rises linearly from zero
+    """
+
+    def __init__(self, strength: float, every: int = 1, warmup: float = 0.0):
+        if not strength >= 0:
+            raise ValueError(f"strength={strength}: use a number of at least 0")
+        if every < 1:
+            raise ValueError(f"every={every}: use 1 for each step, or a larger whole number")
+        if not 0 <= warmup <= 1:
+            raise ValueError(f"warmup={warmup}: it is a share of the training, from 0 to 1")
+        self.strength, self.every, self.warmup = strength, every, warmup
+        self.step, self.steps = 0, 1
+        self.memory: dict[str, Tensor] = {}
+
+    def term(self, net: nn.Module, images: Tensor, labels: Tensor, logits: Tensor) -> Tensor:
+        """The penalty at strength 1; zero for those that act on the loss or on the weights instead."""
+        return logits.new_zeros(())
+
+    def __call__(self, net: nn.Module, images: Tensor, labels: Tensor, logits: Tensor) -> Tensor:
+        """The term of this step, weighted. `logits` are the outputs of `net` for `images`, with their graph."""
+        strength = self.current_strength()
+        if strength == 0:
+            return logits.new_zeros(())
+        return self.finite(strength * self.term(net, images, labels, logits))
+
+    def current_strength(self) -> float:
+        """The strength of this step, with warm-up, and zero at the steps that `every` leaves out."""
+        if self.step % self.every:
+            return 0.0
+        rise = min(1.0, self.step / (self.warmup * self.steps)) if self.warmup else 1.0
+        return self.strength * self.every * rise
+
+    def finite(self, value: Tensor) -> Tensor:
+        """`value`, or FloatingPointError with the step, the term and its value when it is not finite."""
+        if not torch.isfinite(value):
+            raise FloatingPointError(f"step {self.step}: {self!r} became {value.item()}: lower its strength or the "
+                                     "learning rate")
+        return value
+
+    def on_train_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
+        self.steps = trainer.estimated_stepping_batches
+        if trainer.global_step == 0:
+            self.memory = {}
+
+    def on_train_batch_start(self, trainer: L.Trainer, module: L.LightningModule, batch: Any, index: int) -> None:
+        self.step = trainer.global_step
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"memory": self.memory}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.memory = state["memory"]
+
+    def __repr__(self) -> str:
+        inner = ("step", "steps", "memory")
+        shown = {key: value for key, value in vars(self).items() if key not in inner and not key.startswith("_")}
+        return f"{type(self).__name__}({', '.join(f'{key}={_short(value)}' for key, value in shown.items())})"
+
+
+def _short(value: Any) -> str:
+    return type(value).__name__ if isinstance(value, nn.Module) else getattr(value, "__name__", None) or repr(value)
+
+
+def forward(net: nn.Module, images: Tensor, parameters: dict[str, Tensor] | None = None) -> Tensor:
+    """Outputs of `net` in its own mode, with other `parameters` where given; BatchNorm's running statistics stay."""
+    buffers = {name: buffer.clone() for name, buffer in net.named_buffers()}
+    return functional_call(net, buffers | (parameters or {}), (images,))
+
+
+def _trained(net: nn.Module, biases: bool) -> dict[str, Tensor]:
+    """Parameters that are trained, by name; without biases those of two dimensions and more."""
+    return {name: p for name, p in net.named_parameters() if p.requires_grad and (biases or p.ndim > 1)}
+
+
+def _threat(threat: str | Threat) -> Threat:
+    if callable(threat):
+        return threat
+    if threat not in THREATS:
+        raise ValueError(f"unknown threat {threat!r}: use one of {', '.join(THREATS)}, quantization(bits), or a function "
+                         "from a weight tensor to the variances of its change")
+    return THREATS[threat]
+
+
+def _full(values: Tensor) -> Tensor:
+    """At least single precision: squares and divergences lose too much below."""
+    return values.float() if values.dtype in (torch.float16, torch.bfloat16) else values
+
+
+def _subset(share: float, images: Tensor) -> Tensor:
+    return images[: max(1, round(share * len(images)))]
+
+
+class _LinearCalls(TorchFunctionMode):
+    """Keeps input and output of every call of F.linear, and counts how often each parameter is used at all."""
+
+    def __init__(self, parameters: dict[str, Tensor]):
+        super().__init__()
+        self.names = {id(p): name for name, p in parameters.items()}
+        self.uses, self.calls = dict.fromkeys(parameters, 0), []
+
+    def __torch_function__(self, function: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        output = function(*args, **(kwargs or {}))
+        names = [self.names.get(id(value)) for value in (*args, *(kwargs or {}).values())]
+        for name in filter(None, names):
+            self.uses[name] += 1
+        if function is F.linear and not kwargs and args[0].ndim == 2:
+            self.calls.append((args[0], output, output._version, [name for name in names[1:] if name]))
+        return output
+
+    def simple(self) -> Iterator[tuple[Tensor, Tensor, list[str]]]:
+        """Calls whose parameters are used nowhere else and whose output was not overwritten: (input, output, names)."""
+        for a, z, version, names in self.calls:
+            if names and z._version == version and all(self.uses[name] == 1 for name in names):
+                yield a, z, names
+
+
+def fisher_trace(net: nn.Module, images: Tensor, threat: str | Threat = "isotropic", biases: bool = True,
+                 generator: torch.Generator | None = None) -> dict[str, Tensor]:
+    """tr(F S) of each parameter, in nats: a mean over images, one draw of labels from the model, differentiable.
+
+    With labels drawn from the model the scores of different images are independent with mean zero, so that the gradient
+    G of the *sum* over B images gives unbiased estimates F_ii ~ G_i^2 / B from a single backward pass. Linear layers
+    that are used once have the scores of single images in closed form, g_n a_n^T, whose squares are summed without the
+    noise of the cross terms: tr(F S) = 1/B sum_n (g_n^2)^T S a_n^2.
+
+    Parameters
+    ----------
+    net : returns logits (N, classes); runs in its own mode (BatchNorm takes the statistics of these images in training
+        mode, and keeps its running ones)
+    threat : name out of `THREATS`, or a function from a weight tensor to the variances S of its change
+    biases : whether tensors of one dimension change too
+    generator : of the labels; by default torch's global one
+
+    Returns
+    -------
+    Name of each parameter -> scalar. The sum is tr(F S), half of it the expected divergence for small S.
+    """
+    threat, parameters = _threat(threat), _trained(net, biases)
+    with _LinearCalls(parameters) as seen:
+        logits = _full(forward(net, images))
+    labels = torch.multinomial(logits.detach().softmax(1), 1, generator=generator)[:, 0]
+    closed = list(seen.simple())
+    done = {name for _, _, names in closed for name in names}
+    rest = [name for name in parameters if name not in done]
+    wanted = [z for _, z, _ in closed] + [parameters[name] for name in rest]
+    gradients = torch.autograd.grad(F.cross_entropy(logits, labels, reduction="sum"), wanted, create_graph=True)
+    traces = {}
+    for (a, _, names), g in zip(closed, gradients, strict=False):
+        traces |= _closed_form(_full(a), _full(g), {name: parameters[name] for name in names}, threat)
+    for name, G in zip(rest, gradients[len(closed):], strict=True):
+        traces[name] = (threat(parameters[name]) * G.square()).sum()
+    return {name: traces[name] / len(images) for name in parameters}
+
+
+def _closed_form(a: Tensor, g: Tensor, parameters: dict[str, Tensor], threat: Threat) -> dict[str, Tensor]:
+    g2, traces = g.square(), {}
+    for name, p in parameters.items():
+        S = threat(p)
+        if p.ndim == 1:
+            traces[name] = (g2 * S).sum()
+        elif S.ndim == 0:
+            traces[name] = S * (g2.sum(1) * a.square().sum(1)).sum()
+        else:
+            traces[name] = (g2 * F.linear(a.square(), S)).sum()
+    return traces
+
+
+class FisherTrace(Penalty):
+    """strength x tr(F S): twice the expected divergence under the threat's change of weights at unit size.
+
+    F is the Fisher information, a mean over images, its labels drawn from the model (unbiased, see `fisher_trace`), and S
+    the covariance of the change; both are differentiated. With ``strength = eta ** 2 / 2`` and ``range_noise`` the term
+    is the expected divergence under noise of eta times each tensor's range. Threats add up:
+    ``lambda w: range_noise(w) + 0.3 * relative_noise(w)``.
+
+    Parameters
+    ----------
+    threat : `range_noise`, `relative_noise`, `isotropic` (by name or function), ``quantization(bits)``, or a function
+        from a weight tensor to the variances of its change, a scalar or a tensor of its shape
+    share : of the batch that the estimate uses; its relative deviation hardly depends on it, its cost does
+    biases : whether tensors of one dimension are under the threat
+    """
+
+    def __init__(self, strength: float, threat: str | Threat = "range_noise", share: float = 0.25, biases: bool = True,
+                 every: int = 1, warmup: float = 0.0):
+        super().__init__(strength, every, warmup)
+        self.threat, self.share, self.biases = _threat(threat), _checked_share(share), biases
+
+    def term(self, net: nn.Module, images: Tensor, labels: Tensor, logits: Tensor) -> Tensor:
+        return torch.stack(list(fisher_trace(net, _subset(self.share, images), self.threat, self.biases).values())).sum()
+
+
+def _checked_share(share: float) -> float:
+    if not 0 < share <= 1:
+        raise ValueError(f"share={share}: use a share of the batch above 0 and at most 1")
+    return share
+
+
+def noisy(parameters: dict[str, Tensor], threat: Threat, amount: float) -> dict[str, Tensor]:
+    """w + amount sqrt(S) n with standard normal n, differentiable through S."""
+    return {name: p + amount * threat(p).clamp_min(1e-30).sqrt() * torch.randn_like(p) for name, p in parameters.items()}
+
+
+class KLNoise(Penalty):
+    """strength x KL(p_theta || p_theta+d), a mean over images in nats, with one draw of d = sigma sqrt(S) n a step.
+
+    For small sigma its expectation is sigma^2 / 2 tr(F S), the term of `FisherTrace`; for larger ones it goes beyond the
+    second order. Both sides are differentiated.
+
+    Parameters
+    ----------
+    sigma : size of the change in units of the threat (for `range_noise`: shares of each tensor's range)
+    threat, biases : as for `FisherTrace`
+    """
+
+    def __init__(self, strength: float, sigma: float = 0.1, threat: str | Threat = "range_noise", biases: bool = True,
+                 every: int = 1, warmup: float = 0.0):
+        super().__init__(strength, every, warmup)
+        self.sigma, self.threat, self.biases = sigma, _threat(threat), biases
+
+    def term(self, net: nn.Module, images: Tensor, labels: Tensor, logits: Tensor) -> Tensor:
+        changed = forward(net, images, noisy(_trained(net, self.biases), self.threat, self.sigma))
+        return F.kl_div(_full(changed).log_softmax(1), _full(logits).log_softmax(1), log_target=True,
+                        reduction="batchmean")
+
+
+class GradientNorm(Penalty):
+    """strength x |grad loss|^2, the squared norm of the batch's mean gradient with the labels of the *data*.
+
+    This is explicit what small steps of gradient descent do implicitly [Barrett and Dherin 2021]; it is not the trace of
+    the Fisher information, which it underestimates by far.
+    """
+
+    def __init__(self, strength: float, share: float = 1.0, every: int = 1, warmup: float = 0.0):
+        super().__init__(strength, every, warmup)
+        self.share = _checked_share(share)
+
+    def term(self, net: nn.Module, images: Tensor, labels: Tensor, logits: Tensor) -> Tensor:
+        if self.share < 1:
+            images = _subset(self.share, images)
+            labels, logits = labels[: len(images)], forward(net, images)
+        loss = F.cross_entropy(_full(logits), labels)
+        gradients = torch.autograd.grad(loss, list(_trained(net, True).values()), create_graph=True)
+        return torch.stack([g.square().sum() for g in gradients]).sum()
+
+
+class L2(Penalty):
+    """strength x sum w^2 over all trained parameters, or without those of one dimension."""
+
+    def __init__(self, strength: float, biases: bool = True, every: int = 1, warmup: float = 0.0):
+        super().__init__(strength, every, warmup)
+        self.biases = biases
+
+    def term(self, net: nn.Module, images: Tensor, labels: Tensor, logits: Tensor) -> Tensor:
+        return torch.stack([p.square().sum() for p in _trained(net, self.biases).values()]).sum()
+
+
+class Distillation(Penalty):
+    """strength x T^2 KL(teacher || network), both softened by the temperature T, a mean over images [Hinton 2015].
+
+    Parameters
+    ----------
+    teacher : network whose outputs are followed; run in evaluation mode and never changed
+    temperature : T; the factor T^2 keeps the size of the gradient
+    """
+
+    def __init__(self, strength: float, teacher: nn.Module, temperature: float = 4.0, every: int = 1,
+                 warmup: float = 0.0):
+        super().__init__(strength, every, warmup)
+        self.teacher, self.temperature = teacher, temperature
+
+    def term(self, net: nn.Module, images: Tensor, labels: Tensor, logits: Tensor) -> Tensor:
+        with torch.no_grad(), evaluation_mode(self.teacher):
+            goal = (_full(self.teacher(images)) / self.temperature).log_softmax(1)
+        own = (_full(logits) / self.temperature).log_softmax(1)
+        return self.temperature**2 * F.kl_div(own, goal, log_target=True, reduction="batchmean")
+
+
+class SAM(Penalty):
+    """Sharpness-aware minimisation: the gradient of the loss at w + rho grad / |grad| [Foret et al. 2021].
+
+    Parameters
+    ----------
+    rho : length of the step uphill, over all trained parameters
+    """
+
+    def __init__(self, rho: float = 0.05):
+        super().__init__(1.0)
+        self.rho = rho
+
+    def objective(self, net: nn.Module, images: Tensor, labels: Tensor, logits: Tensor, criterion: Callable) -> Tensor:
+        """The loss that takes the place of the plain one, ``criterion(logits, labels)``."""
+        parameters = _trained(net, True)
+        gradients = torch.autograd.grad(criterion(logits, labels), list(parameters.values()))
+        length = torch.stack([g.square().sum() for g in gradients]).sum().sqrt().clamp_min(1e-12)
+        uphill = {name: p + self.rho / length * g for (name, p), g in zip(parameters.items(), gradients, strict=True)}
+        return self.finite(criterion(forward(net, images, uphill), labels))
+
+
+class NoisyWeights(Penalty):
+    """Training at changed weights, drawn anew each step: the gradient of the loss there is applied to the weights.
+
+    Parameters
+    ----------
+    amount : size of the Gaussian change in units of the threat, or, for "deletion", the share of weights set to zero
+    threat : as for `FisherTrace`, or "deletion"
+    biases : whether tensors of one dimension change too
+    through : also differentiate through the size of the change, where by default it counts as given
+    """
+
+    def __init__(self, amount: float, threat: str | Threat = "range_noise", biases: bool = True, through: bool = False):
+        super().__init__(1.0)
+        self.amount, self.biases, self.through = amount, biases, through
+        self.threat = threat if threat == "deletion" else _threat(threat)
+
+    def objective(self, net: nn.Module, images: Tensor, labels: Tensor, logits: Tensor, criterion: Callable) -> Tensor:
+        """The loss that takes the place of the plain one, ``criterion(logits, labels)``."""
+        parameters = _trained(net, self.biases)
+        if self.threat == "deletion":
+            changed = {name: p * (torch.rand_like(p) >= self.amount) for name, p in parameters.items()}
+        else:
+            changed = noisy(parameters, self.threat, self.amount) if self.through else {
+                name: p + (noise - p).detach()
+                for (name, p), noise in zip(parameters.items(), noisy(parameters, self.threat, self.amount).values(),
+                                            strict=True)}
+        return self.finite(criterion(forward(net, images, changed), labels))
+
+
+class FisherWeighted(Penalty):
+    """Decoupled descent on strength x sum_i F_ii w_i^2 with F held fixed: after each step w <- w / (1 + 2 lr strength F).
+
+    This is the proximal step of the penalty, stable at any strength. It acts beside the loss, so that it never enters
+    the moments that F is read from.
+
+    Parameters
+    ----------
+    source : "adam" takes F = B v / (1 - beta2^t), the bias-corrected second moment of Adam or AdamW times the batch size:
+        near the *empirical* diagonal where the mean gradient is small, above it elsewhere, and free. "diagonal" takes
+        the *sampled* diagonal of `fishlib.fisher.diagonal`, on the current batch in evaluation mode
+    refresh : steps between two estimates of "diagonal"
+    """
+
+    def __init__(self, strength: float, source: str = "adam", refresh: int = 10, every: int = 1, warmup: float = 0.0):
+        super().__init__(strength, every, warmup)
+        if source not in ("adam", "diagonal"):
+            raise ValueError(f"unknown source {source!r}: use adam or diagonal")
+        if refresh < 1:
+            raise ValueError(f"refresh={refresh}: use at least 1")
+        self.source, self.refresh = source, refresh
+
+    @torch.no_grad()
+    def on_train_batch_end(self, trainer: L.Trainer, module: L.LightningModule, outputs: Any, batch: Any,
+                           index: int) -> None:
+        strength = self.current_strength()
+        if self.source == "diagonal" and self.step % self.refresh == 0:
+            self.memory = _diagonal(module.net, batch)
+        if strength:
+            self.shrink(trainer.optimizers[0], module.net, strength, len(batch[1]) * trainer.world_size)
+
+    @torch.no_grad()
+    def shrink(self, optimizer: torch.optim.Optimizer, net: nn.Module, strength: float, batch_size: int) -> None:
+        """One proximal step on the weights of `net`, with the learning rates of the optimizer's groups."""
+        names = {id(p): name for name, p in net.named_parameters()}
+        for group in optimizer.param_groups:
+            weights = [p for p in group["params"] if p.grad is not None]
+            if self.source == "adam":
+                moments, scale = _second_moments(optimizer, group, weights)
+                factors = torch._foreach_mul(moments, 2 * group["lr"] * strength * batch_size * scale)
+            else:
+                factors = torch._foreach_mul([self.memory[names[id(p)]] for p in weights], 2 * group["lr"] * strength)
+            torch._foreach_add_(factors, 1.0)
+            torch._foreach_div_(weights, factors)
+
+
+def _second_moments(optimizer: torch.optim.Optimizer, group: dict, weights: list[Tensor]) -> tuple[list[Tensor], float]:
+    states = [optimizer.state.get(p, {}) for p in weights]
+    if not weights or any("exp_avg_sq" not in state for state in states):
+        raise ValueError(f"{type(optimizer).__name__} keeps no second moments after its step: use optimizer='adam' or "
+                         "'adamw', or FisherWeighted(source='diagonal')")
+    return [state["exp_avg_sq"] for state in states], 1 / (1 - group["betas"][1] ** float(states[0]["step"]))
+
+
+def _diagonal(net: nn.Module, batch: tuple[Tensor, Tensor]) -> dict[str, Tensor]:
+    from . import fisher
+
+    with evaluation_mode(net), torch.enable_grad():
+        return fisher.diagonal(net, batch, kind="sampled")
+
+
+class FisherQuantization(Penalty):
+    """Decoupled steps towards the quantised weights, w <- w - lr strength (F_hat d + c d), d = w - q(w).
+
+    The form of the published follow-up [Kadambi et al. 2020], with its constants strength = 0.01 and c = 0.005: F_hat is the
+    moving average of the squared batch gradient (an *empirical* estimate), divided by each tensor's maximum. It descends
+    on strength / 2 x sum (F_hat + c) (w - q(w))^2 with F_hat held fixed. Works with every optimizer.
+
+    Parameters
+    ----------
+    quantize : from a weight tensor to its quantised values, such as ``round_to(4)``
+    constant : c, the share that does not depend on F
+    decay : of the moving average
+    biases : whether tensors of one dimension are quantised too
+    """
+
+    def __init__(self, strength: float = 0.01, quantize: Callable[[Tensor], Tensor] | None = None,
+                 constant: float = 0.005, decay: float = 0.99, biases: bool = False, every: int = 1,
+                 warmup: float = 0.0):
+        super().__init__(strength, every, warmup)
+        self.quantize, self.constant, self.decay, self.biases = quantize or round_to(4), constant, decay, biases
+
+    @torch.no_grad()
+    def on_train_batch_end(self, trainer: L.Trainer, module: L.LightningModule, outputs: Any, batch: Any,
+                           index: int) -> None:
+        strength = self.current_strength()
+        rates = {id(p): group["lr"] for group in trainer.optimizers[0].param_groups for p in group["params"]}
+        for name, p in _trained(module.net, self.biases).items():
+            mean = self.memory.setdefault(name, torch.zeros_like(p))
+            mean.lerp_(p.grad.square(), 1 - self.decay)
+            if strength:
+                distance = p - self.quantize(p)
+                p -= rates[id(p)] * strength * (mean / mean.max().clamp_min(1e-30) + self.constant) * distance
+
+
+def named(name: str, strength: float, teacher: nn.Module | None = None) -> Penalty | None:
+    """The penalty of a name in `NAMES`, `strength` being its one number (for `sam` rho, for noise and deletion the amount)."""
+    if name not in NAMES:
+        raise ValueError(f"unknown penalty {name!r}: use one of {', '.join(NAMES)}")
+    if name == "distillation":
+        if teacher is None:
+            raise ValueError("distillation needs a teacher: give the network whose outputs are followed")
+        return Distillation(strength, teacher)
+    return NAMES[name](strength)
+
+
+NAMES: dict[str, Callable[[float], Penalty | None]] = {
+    "none": lambda strength: None,
+    "l2": L2,
+    "sam": SAM,
+    "weight_noise": NoisyWeights,
+    "weight_deletion": lambda strength: NoisyWeights(strength, "deletion"),
+    "gradient_norm": GradientNorm,
+    "distillation": Distillation,
+    "kl_noise": KLNoise,
+    "fisher_trace": FisherTrace,
+    "fisher_relative": lambda strength: FisherTrace(strength, "relative_noise"),
+    "fisher_isotropic": lambda strength: FisherTrace(strength, "isotropic"),
+    "fisher_weighted": FisherWeighted,
+    "fisher_quantization": FisherQuantization,
+}

@@ -1,0 +1,329 @@
+"""The penalties against slow oracles: sums over images and classes in float64, explicit steps, training runs."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from fishlib import nets, penalty
+from fishlib.data import ImageData
+from fishlib.training import fit
+
+THREATS = {"isotropic": penalty.isotropic, "range_noise": penalty.range_noise, "relative_noise": penalty.relative_noise,
+           "both": lambda w: penalty.range_noise(w) + 0.3 * penalty.relative_noise(w)}
+
+
+class Tied(nn.Module):
+    """One weight in two layers: squares of sums, not sums of squares."""
+
+    def __init__(self):
+        super().__init__()
+        self.inner, self.head = nn.Linear(16, 16), nn.Linear(16, 3)
+
+    def forward(self, images):
+        return self.head(self.inner(torch.tanh(self.inner(images.flatten(1)))))
+
+
+def networks():
+    torch.manual_seed(0)
+    shape = (1, 4, 4)
+    return {
+        "mlp": nets.mlp(shape, 3, (8,)),
+        "overwritten": nn.Sequential(nn.Flatten(), nn.Linear(16, 8), nn.ReLU(inplace=True), nn.Linear(8, 3)),
+        "convolution": nn.Sequential(nn.Conv2d(1, 4, 3), nn.Tanh(), nn.Flatten(), nn.Linear(16, 3, bias=False)),
+        "tied": Tied(),
+        "normalised": nn.Sequential(nn.Conv2d(1, 3, 3), nn.BatchNorm2d(3), nn.ReLU(), nn.Flatten(), nn.Linear(12, 3)).eval(),
+    }
+
+
+def batch(count=6, classes=3):
+    generator = torch.Generator().manual_seed(1)
+    return (torch.randn(count, 1, 4, 4, generator=generator, dtype=torch.float64),
+            torch.randint(classes, (count,), generator=generator))
+
+
+def exact_trace(net, images, threat):
+    """Mean over images and sum over classes of p(c) sum_i S_i g_i^2, one image and class at a time."""
+    parameters, total = list(net.parameters()), 0.0
+    for image in images:
+        logp = net(image[None]).log_softmax(1)[0]
+        for c in range(len(logp)):
+            score = torch.autograd.grad(logp[c], parameters, retain_graph=True, create_graph=True)
+            total = total + logp[c].exp() * sum((threat(p) * g.square()).sum()
+                                                for p, g in zip(parameters, score, strict=True))
+    return total / len(images)
+
+
+@pytest.mark.parametrize("threat", THREATS)
+@pytest.mark.parametrize("name", networks())
+def test_the_trace_is_unbiased_within_four_standard_errors(name, threat):
+    net, (images, _) = networks()[name].double(), batch()
+    generator = torch.Generator().manual_seed(2)
+    draws = torch.stack([sum(penalty.fisher_trace(net, images, THREATS[threat], generator=generator).values()).detach()
+                         for _ in range(150)])
+    expected = exact_trace(net, images, THREATS[threat]).detach()
+    assert (draws.mean() - expected).abs() < 4 * draws.std() / len(draws) ** 0.5
+
+
+def test_linear_layers_sum_squares_of_single_images_and_their_gradient_is_exact():
+    net, (images, _) = networks()["mlp"].double(), batch()
+    traces = penalty.fisher_trace(net, images, "relative_noise", generator=torch.Generator().manual_seed(3))
+    labels = torch.multinomial(net(images).softmax(1), 1, generator=torch.Generator().manual_seed(3))[:, 0]
+    expected = 0.0
+    for image, label in zip(images, labels, strict=True):
+        score = torch.autograd.grad(F.cross_entropy(net(image[None]), label[None]), list(net.parameters()),
+                                    create_graph=True)
+        expected = expected + sum((p.square() * g.square()).sum() for p, g in zip(net.parameters(), score, strict=True))
+    ours, theirs = sum(traces.values()), expected / len(images)
+    torch.testing.assert_close(ours, theirs)
+    for a, b in zip(torch.autograd.grad(ours, list(net.parameters())),
+                    torch.autograd.grad(theirs, list(net.parameters())), strict=True):
+        torch.testing.assert_close(a, b)
+
+
+def test_frozen_and_one_dimensional_tensors_are_left_out_on_request():
+    net, (images, _) = networks()["mlp"].double(), batch()
+    net[1].weight.requires_grad_(False)
+    assert set(penalty.fisher_trace(net, images)) == {"1.bias", "3.weight", "3.bias"}
+    assert set(penalty.fisher_trace(net, images, biases=False)) == {"3.weight"}
+
+
+@pytest.mark.parametrize("threat", ["isotropic", "range_noise", "relative_noise"])
+def test_divergence_from_small_noise_is_half_the_trace(threat):
+    net, (images, labels) = networks()["mlp"].double(), batch()
+    sigma, term = 1e-3, penalty.KLNoise(1.0, 1e-3, threat)
+    torch.manual_seed(4)
+    draws = torch.stack([term(net, images, labels, net(images)).detach() for _ in range(400)])
+    expected = sigma**2 / 2 * exact_trace(net, images, THREATS[threat]).detach()
+    assert (draws.mean() - expected).abs() < 4 * draws.std() / len(draws) ** 0.5
+
+
+def test_quantisation_is_range_noise_of_its_rounding_error():
+    weight = torch.linspace(-1, 3, 100_001, dtype=torch.float64)
+    measured = (penalty.round_to(3)(weight) - weight).square().mean()
+    torch.testing.assert_close(penalty.quantization(3)(weight), measured, rtol=1e-3, atol=0)
+
+
+def test_the_range_form_does_not_change_with_the_scale_of_a_normalised_layer():
+    net, (images, _) = networks()["normalised"].double().train(), batch()
+
+    def value(net):
+        generator = torch.Generator().manual_seed(5)
+        return sum(penalty.fisher_trace(net, images, "range_noise", biases=False, generator=generator).values())
+
+    before = value(net)
+    with torch.no_grad():
+        net[0].weight *= 10
+        net[0].bias *= 10
+    torch.testing.assert_close(value(net), before, rtol=1e-3, atol=0)
+
+
+EACH = {
+    "fisher_trace": penalty.FisherTrace(0.1), "kl_noise": penalty.KLNoise(0.1), "l2": penalty.L2(0.1),
+    "gradient_norm": penalty.GradientNorm(0.1, share=0.5), "sam": penalty.SAM(), "noise": penalty.NoisyWeights(0.1),
+    "deletion": penalty.NoisyWeights(0.3, "deletion"),
+}
+
+
+@pytest.mark.parametrize("name", EACH)
+def test_a_penalty_leaves_weights_statistics_modes_and_gradients_as_they_are(name):
+    net, (images, labels) = networks()["normalised"].double().train(), batch()
+    net[1].eval()
+    logits, before = net(images), copy.deepcopy(net.state_dict())
+    net[1].train()
+    value = (EACH[name].objective(net, images, labels, logits, F.cross_entropy) if hasattr(EACH[name], "objective")
+             else EACH[name](net, images, labels, logits))
+    assert value.requires_grad
+    assert all(torch.equal(value, before[key]) for key, value in net.state_dict().items())
+    assert all(module.training for module in net.modules())
+    assert all(p.grad is None for p in net.parameters())
+
+
+def test_gradient_norm_is_that_of_the_mean_loss():
+    net, (images, labels) = networks()["convolution"].double(), batch()
+    value = penalty.GradientNorm(2.0)(net, images, labels, net(images))
+    F.cross_entropy(net(images), labels).backward()
+    torch.testing.assert_close(value.detach(), 2 * sum(p.grad.square().sum() for p in net.parameters()))
+
+
+def test_sam_takes_the_gradient_uphill():
+    net, (images, labels) = networks()["convolution"].double(), batch()
+    value = penalty.SAM(0.05).objective(net, images, labels, net(images), F.cross_entropy)
+    ours = torch.autograd.grad(value, list(net.parameters()))
+    F.cross_entropy(net(images), labels).backward()
+    length = sum(p.grad.square().sum() for p in net.parameters()).sqrt()
+    with torch.no_grad():
+        for p in net.parameters():
+            p += 0.05 * p.grad / length
+    theirs = torch.autograd.grad(F.cross_entropy(net(images), labels), list(net.parameters()))
+    for a, b in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(a, b)
+
+
+@pytest.mark.parametrize("threat", ["range_noise", "deletion"])
+def test_training_at_noisy_weights_uses_the_gradient_there(threat):
+    net, (images, labels) = networks()["mlp"].double(), batch()
+    torch.manual_seed(6)
+    value = penalty.NoisyWeights(0.2, threat).objective(net, images, labels, net(images), F.cross_entropy)
+    ours = torch.autograd.grad(value, list(net.parameters()))
+    torch.manual_seed(6)
+    masks = []
+    with torch.no_grad():
+        for p in net.parameters():
+            masks.append(torch.rand_like(p) >= 0.2 if threat == "deletion" else torch.ones_like(p))
+            p.copy_(p * masks[-1] if threat == "deletion" else p + 0.2 * (p.max() - p.min()) * torch.randn_like(p))
+    theirs = torch.autograd.grad(F.cross_entropy(net(images), labels), list(net.parameters()))
+    for a, b, mask in zip(ours, theirs, masks, strict=True):
+        torch.testing.assert_close(a, b * mask)
+
+
+def test_distillation_vanishes_at_the_teacher_and_never_changes_it():
+    net, (images, labels) = networks()["normalised"].double(), batch()
+    teacher = copy.deepcopy(net).train()
+    before = copy.deepcopy(teacher.state_dict())
+    value = penalty.Distillation(1.0, teacher)(net, images, labels, net(images))
+    assert value.item() == pytest.approx(0, abs=1e-12)
+    assert teacher.training
+    assert all(torch.equal(value, before[key]) for key, value in teacher.state_dict().items())
+
+
+def test_the_schedule_keeps_the_mean_strength_and_rises_from_zero():
+    term = penalty.L2(0.5, every=4, warmup=0.5)
+    term.steps = 80
+    strengths = []
+    for term.step in range(80):
+        strengths.append(term.current_strength())
+    assert strengths[0] == 0
+    assert strengths[20] == pytest.approx(0.5 * 4 / 2)
+    assert sum(strengths[40:]) / 40 == pytest.approx(0.5)
+    assert not any(strengths[1:4])
+
+
+@pytest.mark.parametrize("make", [lambda: penalty.L2(-1), lambda: penalty.L2(float("nan")), lambda: penalty.L2(1, every=0),
+                                  lambda: penalty.L2(1, warmup=2), lambda: penalty.FisherTrace(1, "wind"),
+                                  lambda: penalty.FisherTrace(1, share=0), lambda: penalty.FisherWeighted(1, "tea leaves"),
+                                  lambda: penalty.named("prayer", 1), lambda: penalty.named("distillation", 1)])
+def test_a_bad_value_is_named(make):
+    with pytest.raises(ValueError, match=r"use|share|needs"):
+        make()
+
+
+@pytest.fixture(scope="module")
+def digits():
+    return ImageData("digits", batch_size=64, limit=256, device="cpu")
+
+
+def small(data):
+    torch.manual_seed(0)
+    return nets.mlp(data.shape, data.num_classes, (16,))
+
+
+@pytest.mark.parametrize("name", [name for name in penalty.NAMES if name != "none"])
+@pytest.mark.parametrize("optimizer", ["adam", "adamw"])
+def test_every_penalty_trains(digits, name, optimizer):
+    net = small(digits)
+    chosen = penalty.named(name, 1e-2, teacher=net)
+    _, history = fit(net, digits, epochs=10, lr=0.03, optimizer=optimizer, penalty=chosen)
+    assert history.validation_accuracy.iloc[-1] > 0.5
+
+
+def test_penalties_of_the_loss_work_with_any_optimizer_and_one_of_adam_says_what_it_needs(digits):
+    fit(small(digits), digits, epochs=1, optimizer="sgd", penalty=penalty.FisherTrace(1e-3))
+    fit(small(digits), digits, epochs=1, optimizer="sgd", penalty=penalty.FisherQuantization())
+    with pytest.raises(ValueError, match="second moments"):
+        fit(small(digits), digits, epochs=1, optimizer="sgd", penalty=penalty.FisherWeighted(1.0))
+
+
+def test_bfloat16_trains_through_the_double_backward(digits):
+    torch.manual_seed(0)
+    net = nets.small_cnn(10, digits.shape, width=4)
+    _, history = fit(net, digits, epochs=2, precision="bfloat16", penalty=penalty.FisherTrace(1e-3))
+    assert history.train_loss.iloc[-1] < history.train_loss.iloc[0]
+
+
+@pytest.mark.parametrize("optimizer", ["adam", "adamw"])
+def test_the_weighted_form_is_a_proximal_step_that_never_enters_the_moments(digits, optimizer):
+    batches = ImageData("digits", batch_size=230, limit=256, device="cpu")  # one batch an epoch
+    seen = {}
+
+    class Keep(torch.optim.Adam if optimizer == "adam" else torch.optim.AdamW):
+        def step(self, closure=None):
+            loss = super().step(closure)
+            seen["weights"] = [p.detach().clone() for p in self.param_groups[0]["params"]]
+            seen["moments"] = [self.state[p]["exp_avg_sq"].clone() for p in self.param_groups[0]["params"]]
+            return loss
+
+    def make(net):
+        return Keep(net.parameters(), 1e-2, weight_decay=0.1)
+
+    fit(small(batches), batches, epochs=3, optimizer=make, schedule="constant")
+    plain = seen.copy()
+    net, _ = fit(small(batches), batches, epochs=1, optimizer=make, schedule="constant", penalty=penalty.FisherWeighted(5.0))
+    for p, w, v in zip(net.parameters(), seen["weights"], seen["moments"], strict=True):
+        torch.testing.assert_close(p.detach(), w / (1 + 2 * 1e-2 * 5.0 * 230 * v / (1 - 0.999)))
+    # Were the penalty part of the loss, an infinitesimal one would not do and a large one would show in v.
+    fit(small(batches), batches, epochs=1, optimizer=make, schedule="constant")
+    bare = seen.copy()
+    fit(small(batches), batches, epochs=1, optimizer=make, schedule="constant", penalty=penalty.FisherWeighted(1e4))
+    assert all(torch.equal(a, b) for a, b in zip(bare["moments"], seen["moments"], strict=True))
+    assert plain["weights"][0].shape == bare["weights"][0].shape
+
+
+def test_quantisation_pulls_weights_to_their_levels(digits):
+    def distance(net):
+        return sum((p - penalty.round_to(2)(p)).square().sum() for p in net.parameters() if p.ndim > 1).item()
+
+    pull = penalty.FisherQuantization(30.0, penalty.round_to(2), constant=1.0)
+    pulled, _ = fit(small(digits), digits, epochs=8, penalty=pull)
+    plain, _ = fit(small(digits), digits, epochs=8)
+    assert distance(pulled) < 0.5 * distance(plain)
+
+
+@pytest.mark.parametrize("make", [lambda: penalty.FisherTrace(1e-2, every=2, warmup=0.5), penalty.FisherQuantization])
+def test_a_resumed_run_ends_as_an_uninterrupted_one(digits, tmp_path, make):
+    class Stop(Exception):
+        pass
+
+    class StopAfter(penalty.L.Callback):
+        def on_train_epoch_start(self, trainer, module):
+            if trainer.current_epoch == 2:
+                raise Stop
+
+    whole, _ = fit(small(digits), digits, epochs=4, penalty=make())
+    with pytest.raises(Stop):
+        fit(small(digits), digits, epochs=4, penalty=make(), checkpoint=tmp_path / "run", callbacks=[StopAfter()])
+    resumed, _ = fit(small(digits), digits, epochs=4, penalty=make(), checkpoint=tmp_path / "run")
+    assert all(torch.equal(a, b) for a, b in zip(whole.parameters(), resumed.parameters(), strict=True))
+
+
+def test_a_penalty_used_again_starts_anew(digits):
+    chosen = penalty.FisherQuantization(1.0)
+    first, _ = fit(small(digits), digits, epochs=1, penalty=chosen)
+    second, _ = fit(small(digits), digits, epochs=1, penalty=chosen)
+    assert all(torch.equal(a, b) for a, b in zip(first.parameters(), second.parameters(), strict=True))
+
+
+def test_a_checkpoint_of_another_penalty_is_refused(digits, tmp_path):
+    fit(small(digits), digits, epochs=1, penalty=penalty.FisherTrace(1e-3), checkpoint=tmp_path / "run")
+    with pytest.raises(ValueError, match="other settings"):
+        fit(small(digits), digits, epochs=1, penalty=penalty.FisherTrace(1e-2), checkpoint=tmp_path / "run")
+
+
+def test_a_penalty_that_is_not_finite_stops_with_step_term_and_value(digits):
+    class Blow(penalty.L2):
+        def term(self, *inputs):
+            return super().term(*inputs) / (0 if self.step == 2 else 1)
+
+    with pytest.raises(FloatingPointError, match=r"step 2: Blow\(strength=0.01.* became inf"):
+        fit(small(digits), digits, epochs=1, penalty=Blow(0.01))
+
+
+def test_the_diagonal_of_the_library_can_weight_the_decay(digits):
+    pytest.importorskip("fishlib.fisher")
+    torch.manual_seed(0)
+    net = nets.small_cnn(10, digits.shape, width=4)
+    trained, _ = fit(net, digits, epochs=2, optimizer="sgd", lr=0.01, penalty=penalty.FisherWeighted(1.0, "diagonal", 2))
+    plain, _ = fit(net, digits, epochs=2, optimizer="sgd", lr=0.01)
+    assert sum(p.square().sum() for p in trained.parameters()) < sum(p.square().sum() for p in plain.parameters())
