@@ -1,0 +1,227 @@
+"""Divergences between densities, and measures of dependence between features and labels.
+
+Features are rows of a tensor (N, D); labels are integers (N,). Logarithms are natural, so information is in nats.
+Everything runs on the device and, where nothing else is said, in the floating-point type of what is given.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+Score = Callable[[Tensor], Tensor]
+
+# Fisher divergence: how much the gradients of two log-densities differ.
+
+
+def fisher_divergence(mean_p: Tensor, var_p: Tensor, mean_q: Tensor, var_q: Tensor) -> Tensor:
+    """Fisher divergence of Gaussians with diagonal covariances, exact, summed over features.
+
+    ``1/2 E_p |grad log p - grad log q|^2 = 1/2 sum_d [ v_p (1/v_p - 1/v_q)^2 + ((mu_p - mu_q) / v_q)^2 ]``
+
+    Not symmetric, and not free of scale: features c x have a divergence 1 / c^2 as large.
+
+    Parameters
+    ----------
+    mean_p, var_p, mean_q, var_q : tensors (..., D) that broadcast; variances are positive
+
+    Examples
+    --------
+    >>> float(fisher_divergence(*map(torch.tensor, ([5.0], [1.0], [5.0], [2.0]))))
+    0.125
+    """
+    _check_positive(var_p, var_q)
+    return 0.5 * (var_p * (1 / var_p - 1 / var_q) ** 2 + ((mean_p - mean_q) / var_q) ** 2).sum(-1)
+
+
+def published_divergence(mean_p: Tensor, var_p: Tensor, mean_q: Tensor, var_q: Tensor) -> Tensor:
+    """What the code published with skip-unit pruning computes in place of `fisher_divergence`, summed over features.
+
+    ``sum_d [ v_p (1/v_p - 1/v_q)^2 + (mu_p/v_p - mu_q/v_q)^2 ]``: without the half, and different for densities that are
+    moved together. It is no divergence between densities, and is here to be compared.
+    """
+    _check_positive(var_p, var_q)
+    return (var_p * (1 / var_p - 1 / var_q) ** 2 + (mean_p / var_p - mean_q / var_q) ** 2).sum(-1)
+
+
+def fisher_divergence_pairs(mean: Tensor, var: Tensor) -> Tensor:
+    """`fisher_divergence` of all ordered pairs among K Gaussians at once, as products of matrices.
+
+    Parameters
+    ----------
+    mean, var : tensors (K, D)
+
+    Returns
+    -------
+    Tensor (K, K), float64: entry (i, j) is D_F(p_i, p_j)
+    """
+    _check_positive(var)
+    mean, var = mean.double(), var.double()
+    mean = mean - mean.mean(0)  # the divergence stays; the products below lose fewer digits
+    precision = 1 / var
+    squared, total = precision.square(), precision.sum(1)
+    first = total[:, None] - 2 * total[None, :] + var @ squared.T
+    second = mean.square() @ squared.T - 2 * mean @ (mean * squared).T + (mean.square() * squared).sum(1)
+    return (0.5 * (first + second)).clamp_min(0).fill_diagonal_(0)
+
+
+def fisher_divergence_gaussian(mean_p: Tensor, cov_p: Tensor, mean_q: Tensor, cov_q: Tensor) -> Tensor:
+    """Fisher divergence of Gaussians with full covariances, exact.
+
+    ``1/2 [ tr(S_p A^2) + |S_q^-1 (mu_p - mu_q)|^2 ]`` with ``A = S_p^-1 - S_q^-1``
+
+    Parameters
+    ----------
+    mean_p, mean_q : tensors (D,)
+    cov_p, cov_q : tensors (D, D), positive definite
+    """
+    inverse_p, inverse_q = (torch.cholesky_inverse(torch.linalg.cholesky(cov)) for cov in (cov_p, cov_q))
+    a = inverse_p - inverse_q
+    return 0.5 * (torch.trace(cov_p @ a @ a) + (inverse_q @ (mean_p - mean_q)).square().sum())
+
+
+def shrunk_covariance(x: Tensor, shrinkage: float = 0.1) -> Tensor:
+    """``(1 - s) S + s tr(S)/D I`` of rows x (N, D), S with divisor N: positive definite whenever the rows differ."""
+    centred = x - x.mean(0)
+    cov = centred.T @ centred / len(x)
+    return (1 - shrinkage) * cov + shrinkage * cov.trace() / len(cov) * torch.eye(len(cov), dtype=x.dtype, device=x.device)
+
+
+def hyvarinen_score(x: Tensor, score: Score) -> Tensor:
+    """Hyvarinen score ``s(x, p) = 1/2 |grad log p(x)|^2 + laplacian log p(x)`` of each row, shape (N,).
+
+    Its mean over samples of p ranks models q as the Fisher divergence does, without the density of p:
+    ``E_p s(x, q) = D_F(p, q) - 1/2 E_p |grad log p|^2`` [Hyvarinen 2005]. The Laplacian is exact: D backward passes.
+
+    Parameters
+    ----------
+    x : tensor (N, D)
+    score : grad log p, a function of rows (N, D) to rows (N, D), each row for itself
+    """
+    with torch.enable_grad():
+        x = x.detach().requires_grad_()
+        gradient = score(x)
+        if not gradient.requires_grad:  # a constant score
+            laplacian = gradient.new_zeros(len(x))
+        else:
+            laplacian = sum(torch.autograd.grad(gradient[:, d].sum(), x, retain_graph=True)[0][:, d]
+                            for d in range(x.shape[1]))
+    return (0.5 * gradient.square().sum(1) + laplacian).detach()
+
+
+def fisher_divergence_sampled(x: Tensor, score_p: Score, score_q: Score) -> Tensor:
+    """``1/2 mean |grad log p - grad log q|^2`` over rows x (N, D) drawn from p: a sampled estimate of D_F(p, q)."""
+    with torch.no_grad():
+        return 0.5 * (score_p(x) - score_q(x)).square().sum(1).mean()
+
+
+def fit_score(x: Tensor, steps: int = 500, hidden: int = 64, lr: float = 3e-3, batch: int = 256, seed: int = 0) -> nn.Module:
+    """A small network for ``grad log p`` of the density of rows x (N, D), by sliced score matching [Song et al. 2019].
+
+    Minimises ``E_v [ v^T (ds/dx) v + 1/2 |s|^2 ]`` with one Gaussian direction v for each row and step (the
+    variance-reduced form): the Hyvarinen score of the model without its Laplacian. Random state stays as it is.
+
+    Parameters
+    ----------
+    steps, batch, lr : steps of Adam, rows in each, learning rate (falling to 0 as a cosine)
+    hidden : width of the two hidden layers
+    """
+    _check_rows(x)
+    generator = torch.Generator().manual_seed(seed)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        net = nn.Sequential(nn.Linear(x.shape[1], hidden), nn.Softplus(), nn.Linear(hidden, hidden), nn.Softplus(),
+                            nn.Linear(hidden, x.shape[1]))
+    net = net.to(x.device, x.dtype)
+    optimizer = torch.optim.Adam(net.parameters(), lr)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
+    with torch.enable_grad():
+        for _ in range(steps):
+            chosen = torch.randint(len(x), (min(batch, len(x)),), generator=generator)
+            rows = x[chosen.to(x.device)].detach().requires_grad_()
+            v = torch.randn(rows.shape, generator=generator, dtype=x.dtype).to(x.device)
+            gradient = net(rows)
+            slope = torch.autograd.grad((gradient * v).sum(), rows, create_graph=True)[0]
+            loss = ((slope * v).sum(1) + 0.5 * gradient.square().sum(1)).mean()
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            schedule.step()
+    return net.eval().requires_grad_(False)
+
+
+# Dependence of features on labels, without a model of their density.
+
+
+def energy_distance(x: Tensor, y: Tensor) -> Tensor:
+    """``2 E|X - Y| - E|X - X'| - E|Y - Y'|`` over all pairs of rows x (N, D) and y (M, D), at least 0 (V-statistic)."""
+    _check_rows(x, y)
+    return 2 * torch.cdist(x, y).mean() - torch.cdist(x, x).mean() - torch.cdist(y, y).mean()
+
+
+def distance_correlation(x: Tensor, labels: Tensor) -> Tensor:
+    """Distance correlation of rows x (N, D) and labels (N,), between 0 and 1 [Szekely et al. 2007], V-statistic.
+
+    Labels lie at distance 1 if they differ, so the covariance is an energy distance between the classes.
+    """
+    _check_rows(x)
+    a = _centred(torch.cdist(x, x))
+    b = _centred((labels[:, None] != labels[None, :]).to(x.dtype))
+    scale = torch.sqrt(a.square().mean() * b.square().mean())
+    return torch.sqrt(((a * b).mean() / scale).clamp_min(0)) if scale > 0 else scale
+
+
+def linear_cka(x: Tensor, y: Tensor) -> Tensor:
+    """Centred kernel alignment with linear kernels, ``|X^T Y|^2 / (|X^T X| |Y^T Y|)`` of centred rows, in [0, 1]."""
+    _check_rows(x, y)
+    x, y = x - x.mean(0), y - y.mean(0)
+    scale = (x.T @ x).norm() * (y.T @ y).norm()
+    return (x.T @ y).square().sum() / scale if scale > 0 else scale
+
+
+def kde_mutual_information(x: Tensor, labels: Tensor, bandwidth: float | None = None) -> Tensor:
+    """Mutual information of rows x (N, D) and labels (N,) in nats, from kernel densities, each row left out of its own.
+
+    ``mean_i log p(x_i | y_i) - log sum_c p(c) p(x_i | c)`` with Gaussian kernels. Its bias grows with D.
+
+    Parameters
+    ----------
+    bandwidth : standard deviation of the kernel; by default Scott's ``N^(-1/(D+4))`` times the root mean variance
+    """
+    _check_rows(x)
+    if bandwidth is None:
+        bandwidth = len(x) ** (-1 / (x.shape[1] + 4)) * float(x.var(0, correction=0).mean().sqrt())
+    if not bandwidth > 0:
+        return x.new_zeros(())
+    logs = -0.5 * torch.cdist(x, x).square() / bandwidth**2
+    logs.fill_diagonal_(-math.inf)
+    member = F.one_hot(labels, int(labels.max()) + 1).to(x.dtype)
+    counts, prior = member.sum(0), member.mean(0)
+    if (counts[counts > 0] < 2).any():
+        raise ValueError("a class has a single row: kernel densities that leave rows out need two or more in each")
+    top = logs.max(1, keepdim=True).values
+    others = counts[None, :] - member  # rows of each class, the row itself not counted
+    density = (torch.exp(logs - top) @ member) / others.clamp_min(1) + torch.finfo(x.dtype).tiny
+    own = density.gather(1, labels[:, None]).squeeze(1)
+    return (own.log() - (density @ prior).log()).mean()
+
+
+def _centred(distances: Tensor) -> Tensor:
+    return distances - distances.mean(0) - distances.mean(1, keepdim=True) + distances.mean()
+
+
+def _check_positive(*variances: Tensor) -> None:
+    if any(not (var > 0).all() for var in variances):
+        raise ValueError("a variance is not positive (or not a number): raise small variances to a floor first")
+
+
+def _check_rows(*arrays: Tensor) -> None:
+    for x in arrays:
+        if x.ndim != 2 or len(x) < 2:
+            raise ValueError(f"features of shape {tuple(x.shape)}: give two rows or more, (N, D)")
+        if not torch.isfinite(x).all():
+            raise ValueError("features are not finite: look for NaN or infinity in what computed them")
