@@ -1,0 +1,172 @@
+"""Divergences against formulas written out, against autograd, and against each other."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch.distributions import MultivariateNormal
+
+from fishlib import divergence as dv
+
+
+def gaussians(count, features, seed=0):
+    g = torch.Generator().manual_seed(seed)
+    mean = torch.randn(count, features, generator=g, dtype=torch.float64)
+    return mean, torch.rand(count, features, generator=g, dtype=torch.float64) + 0.2
+
+
+def covariance(features, seed):
+    a = torch.randn(features, 2 * features, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    return a @ a.T / features
+
+
+def score_of(density):
+    def score(x):
+        x = x.detach().requires_grad_()
+        return torch.autograd.grad(density.log_prob(x).sum(), x)[0]
+    return score
+
+
+def test_known_values_of_both_formulas():
+    five, one, two = (torch.tensor([float(v)]) for v in (5, 1, 2))
+    assert float(dv.fisher_divergence(five, one, five, two)) == 0.125
+    assert float(dv.published_divergence(five, one, five, two)) == 6.5
+
+
+def test_published_formula_depends_on_where_both_densities_lie():
+    one, two = torch.ones(1), torch.full((1,), 2.0)
+    moved = [float(dv.published_divergence(torch.full((1,), m), one, torch.full((1,), m), two)) for m in (0.0, 100.0)]
+    assert moved == [0.25, 2500.25]
+    right = [float(dv.fisher_divergence(torch.full((1,), m), one, torch.full((1,), m), two)) for m in (0.0, 100.0)]
+    assert right == [0.125, 0.125]
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.integers(1, 6), st.integers(0, 100), st.floats(0.2, 5))
+def test_scale_divides_the_divergence_by_its_square(features, seed, scale):
+    mean, var = gaussians(2, features, seed)
+    one = dv.fisher_divergence(mean[0], var[0], mean[1], var[1])
+    scaled = dv.fisher_divergence(scale * mean[0], scale**2 * var[0], scale * mean[1], scale**2 * var[1])
+    assert torch.isclose(scaled, one / scale**2)
+
+
+def test_all_pairs_at_once_are_the_pairs_one_by_one():
+    mean, var = gaussians(7, 50)
+    mean = mean + 100
+    pairs = dv.fisher_divergence_pairs(mean, var)
+    for i in range(7):
+        for j in range(7):
+            assert torch.isclose(pairs[i, j], dv.fisher_divergence(mean[i], var[i], mean[j], var[j]), atol=1e-9)
+
+
+def test_full_covariance_agrees_with_the_diagonal_formula_and_with_sampling():
+    mean, var = gaussians(2, 3)
+    assert torch.isclose(dv.fisher_divergence_gaussian(mean[0], var[0].diag(), mean[1], var[1].diag()),
+                         dv.fisher_divergence(mean[0], var[0], mean[1], var[1]))
+    p, q = (MultivariateNormal(m, covariance(3, seed)) for seed, m in enumerate(mean))
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        x = p.sample((200_000,))
+    sampled = dv.fisher_divergence_sampled(x, *(lambda rows, d=d: score_of_enabled(d, rows) for d in (p, q)))
+    exact = dv.fisher_divergence_gaussian(p.loc, p.covariance_matrix, q.loc, q.covariance_matrix)
+    assert torch.isclose(sampled, exact, rtol=0.03)
+
+
+def score_of_enabled(density, rows):
+    with torch.enable_grad():
+        return score_of(density)(rows)
+
+
+def test_hyvarinen_score_is_that_of_a_gaussian_written_out():
+    cov = covariance(3, 1)
+    precision = torch.linalg.inv(cov)
+    x = torch.randn(20, 3, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    found = dv.hyvarinen_score(x, lambda rows: -rows @ precision)
+    assert torch.allclose(found, 0.5 * (x @ precision).square().sum(1) - precision.trace())
+
+
+def test_hyvarinen_identity_holds_with_p_in_its_last_term_and_fails_with_q():
+    g = torch.Generator().manual_seed(0)
+    x = 1 + torch.randn(400_000, 1, generator=g, dtype=torch.float64) * math.sqrt(2)
+
+    def p(rows):
+        return -(rows - 1) / 2
+
+    def q(rows):
+        return -rows / 0.5
+
+    left = dv.hyvarinen_score(x, q).mean()
+    between = dv.fisher_divergence(*(torch.tensor([v], dtype=torch.float64) for v in (1, 2, 0, 0.5)))
+    assert torch.isclose(left, between - 0.5 * p(x).square().mean(), rtol=0.02)
+    assert abs(left - (between - 0.5 * q(x).square().mean())) > 1
+
+
+def test_score_matching_finds_the_score_of_a_gaussian_and_leaves_the_random_state():
+    g = torch.Generator().manual_seed(0)
+    x = torch.randn(3000, 2, generator=g) * torch.tensor([1.0, 0.7])
+    state = torch.random.get_rng_state()
+    score = dv.fit_score(x, steps=600)
+    assert torch.equal(state, torch.random.get_rng_state())
+    error = (score(x) + x / torch.tensor([1.0, 0.49])).square().sum(1).mean()
+    assert error < 0.1 * (x / torch.tensor([1.0, 0.49])).square().sum(1).mean()
+
+
+def test_energy_distance_is_the_mean_over_pairs():
+    x, y = (torch.randn(n, 3, generator=torch.Generator().manual_seed(n), dtype=torch.float64) for n in (5, 7))
+
+    def mean(a, b):
+        return np.mean([float((s - t).norm()) for s in a for t in b])
+
+    assert float(dv.energy_distance(x, y)) == pytest.approx(2 * mean(x, y) - mean(x, x) - mean(y, y))
+
+
+def test_distance_correlation_is_that_of_the_definition():
+    g = torch.Generator().manual_seed(0)
+    x, labels = torch.randn(9, 2, generator=g, dtype=torch.float64), torch.arange(9) % 3
+    a = np.array([[float((s - t).norm()) for s in x] for t in x])
+    b = np.array([[float(s != t) for s in labels] for t in labels])
+    a, b = (m - m.mean(0) - m.mean(1)[:, None] + m.mean() for m in (a, b))
+    expected = math.sqrt((a * b).mean() / math.sqrt((a * a).mean() * (b * b).mean()))
+    assert float(dv.distance_correlation(x, labels)) == pytest.approx(expected)
+
+
+def test_dependence_is_large_for_separated_classes_and_small_for_mixed_ones():
+    g = torch.Generator().manual_seed(0)
+    labels = torch.arange(300) % 3
+    noise = torch.randn(300, 2, generator=g, dtype=torch.float64)
+    apart = noise + 20 * labels[:, None]
+    onehot = torch.nn.functional.one_hot(labels).double()
+    assert float(dv.kde_mutual_information(apart, labels)) == pytest.approx(math.log(3), abs=0.02)
+    assert abs(float(dv.kde_mutual_information(noise, labels))) < 0.1
+    assert dv.distance_correlation(apart, labels) > 0.8 > 0.3 > dv.distance_correlation(noise, labels)
+    assert float(dv.linear_cka(onehot, onehot)) == pytest.approx(1)
+    assert dv.linear_cka(noise, onehot) < 0.1
+
+
+def test_constant_features_depend_on_nothing():
+    x, labels = torch.ones(6, 2), torch.arange(6) % 2
+    assert dv.distance_correlation(x, labels) == 0
+    assert dv.linear_cka(x, torch.nn.functional.one_hot(labels).float()) == 0
+    assert dv.kde_mutual_information(x, labels) == 0
+
+
+def test_shrunk_covariance_is_positive_definite_with_fewer_rows_than_features():
+    x = torch.randn(3, 10, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    torch.linalg.cholesky(dv.shrunk_covariance(x))
+
+
+def test_wrong_input_is_named():
+    one, zero = torch.ones(2), torch.zeros(2)
+    with pytest.raises(ValueError, match="not positive"):
+        dv.fisher_divergence(one, zero, one, one)
+    with pytest.raises(ValueError, match="not positive"):
+        dv.fisher_divergence_pairs(torch.ones(2, 2), torch.full((2, 2), torch.nan))
+    with pytest.raises(ValueError, match="not finite"):
+        dv.energy_distance(torch.full((3, 2), torch.nan), torch.ones(3, 2))
+    with pytest.raises(ValueError, match="two rows or more"):
+        dv.linear_cka(torch.ones(1, 2), torch.ones(1, 2))
+    with pytest.raises(ValueError, match="single row"):
+        dv.kde_mutual_information(torch.randn(3, 2, generator=torch.Generator().manual_seed(0)), torch.tensor([0, 0, 1]))
