@@ -8,15 +8,18 @@ alone, `apply` attaches the decision as masks that hold through further training
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import pandas as pd
 import pytorch_lightning as L
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 from torch.nn.utils import parametrize
 
+from .data import ImageData
+from .fisher import diagonal
 from .training import evaluation_mode
 
 PRUNABLE = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose2d)
@@ -95,6 +98,9 @@ def plain(net: nn.Module) -> nn.Module:
         if parametrize.is_parametrized(module):
             for name in list(module.parametrizations):
                 parametrize.remove_parametrizations(module, name, leave_parametrized=True)
+            # A tensor that was parametrized has moved behind the others; linear and convolutional layers begin with it.
+            for name in sorted(module._parameters, key=lambda name: (name != "weight", name)):
+                module._parameters[name] = module._parameters.pop(name)
     return net
 
 
@@ -111,6 +117,127 @@ def summary(net: nn.Module) -> pd.DataFrame:
     table = pd.DataFrame([*rows, {"layer": "all", "weights": sum(r["weights"] for r in rows),
                                   "kept": sum(r["kept"] for r in rows)}])
     return table.assign(share=table.kept / table.weights)
+
+
+# -- scores -----------------------------------------------------------------------------------------------------------
+
+def score(net: nn.Module, data: ImageData | Iterable[tuple[Tensor, Tensor]], by: str = "fisher_weight",
+          samples: int = 1000, seed: int = 0, **options: Any) -> Scores:
+    """How much each weight w of the linear and convolutional layers matters; higher is more worth keeping.
+
+    - ``magnitude``: |w|.
+    - ``random``: uniform.
+    - ``fisher``: F, the diagonal of the Fisher information (mean over images), alone (Tu et al., arXiv:1605.04859).
+      Option ``kind``: "sampled" (labels drawn from the model), "exact" or "empirical".
+    - ``fisher_weight``: 1/2 w^2 F, to second order the mean KL divergence of the predictions when w goes.
+    - ``hessian``: 1/2 h w^2 (optimal brain damage), h the diagonal of the Hessian of the mean loss by Hutchinson's
+      estimator, E[z * Hz] over signs z, ``draws`` (1) for each batch; negative h counts as zero.
+    - ``taylor``: (g w)^2, g the gradient of the mean loss of a batch, averaged over batches (arXiv:1906.10771).
+    - ``woodfisher``: 1/2 w^2 / [F^-1]_ii, F the empirical Fisher information in blocks of ``block`` (64) consecutive
+      weights, plus ``damping`` (0.001) times the mean of its diagonal (arXiv:2004.14340).
+
+    Weights that are zero behind a mask score -1: what was removed stays removed.
+
+    Parameters
+    ----------
+    data : its training images in order, or an iterable of batches (images, labels)
+    samples : number of images, at most; `magnitude` and `random` read none
+    seed : of drawn labels, signs and `random`
+    """
+    if by not in SCORES:
+        raise ValueError(f"unknown score {by!r}: use one of {', '.join(SCORES)}")
+    attached, net = masks(net), plain(net)
+    batches = list(_first(data, samples)) if by not in ("magnitude", "random") else []
+    with evaluation_mode(net), torch.random.fork_rng():
+        torch.manual_seed(seed)
+        scores = SCORES[by](net, batches, **options)
+    return {name: torch.where(attached[name], s, -1.0) if name in attached else s for name, s in scores.items()}
+
+
+def _first(data: ImageData | Iterable[tuple[Tensor, Tensor]], samples: int) -> Iterable[tuple[Tensor, Tensor]]:
+    batches = data.batches("train", 256, shuffle=False) if isinstance(data, ImageData) else data
+    for images, labels in batches:
+        if samples <= 0:
+            return
+        yield images[:samples], labels[:samples]
+        samples -= len(labels)
+
+
+def _magnitude(net: nn.Module, batches: list) -> Scores:
+    return {name: w.abs() for name, w in values(net).items()}
+
+
+def _random(net: nn.Module, batches: list) -> Scores:
+    return {name: torch.rand(w.shape).to(w.device) for name, w in values(net).items()}
+
+
+def _fisher(net: nn.Module, batches: list, kind: str = "sampled") -> Scores:
+    generator = torch.Generator(batches[0][0].device).manual_seed(torch.initial_seed())
+    return diagonal(net, batches, kind, generator=None if kind != "sampled" else generator, parameters=prunable(net))
+
+
+def _fisher_weight(net: nn.Module, batches: list, kind: str = "sampled") -> Scores:
+    weights = values(net)
+    return {name: weights[name].square() * f / 2 for name, f in _fisher(net, batches, kind).items()}
+
+
+def _taylor(net: nn.Module, batches: list) -> Scores:
+    weights = {name: layer.weight for name, layer in prunable(net).items()}
+    total = {name: torch.zeros_like(w) for name, w in weights.items()}
+    for images, labels in batches:
+        gradients = torch.autograd.grad(F.cross_entropy(net(images), labels), list(weights.values()))
+        for name, g in zip(weights, gradients, strict=True):
+            total[name] += (g * weights[name].detach()).square() / len(batches)
+    return total
+
+
+def _hessian(net: nn.Module, batches: list, draws: int = 1) -> Scores:
+    weights = {name: layer.weight for name, layer in prunable(net).items()}
+    total = {name: torch.zeros_like(w) for name, w in weights.items()}
+    count = sum(len(labels) for _, labels in batches)
+    for images, labels in batches:
+        loss = F.cross_entropy(net(images), labels, reduction="sum") / count
+        gradients = torch.autograd.grad(loss, list(weights.values()), create_graph=True)
+        for draw in range(draws):
+            signs = [torch.randint(0, 2, w.shape).to(w) * 2 - 1 for w in weights.values()]
+            products = torch.autograd.grad(gradients, list(weights.values()), signs, retain_graph=draw + 1 < draws)
+            for name, z, hz in zip(weights, signs, products, strict=True):
+                total[name] += z * hz / draws
+    return {name: weights[name].detach().square() * h.clamp_min(0) / 2 for name, h in total.items()}
+
+
+def _woodfisher(net: nn.Module, batches: list, block: int = 64, damping: float = 1e-3) -> Scores:
+    weights, total, count = values(net), {}, 0
+    for images, labels in batches:
+        for chunk in range(0, len(labels), 64):
+            for name, g in _gradients(net, images[chunk : chunk + 64], labels[chunk : chunk + 64]).items():
+                blocks = F.pad(g.flatten(1), (0, -g[0].numel() % block)).unflatten(1, (-1, block))
+                total[name] = total.get(name, 0) + torch.einsum("nbi,nbj->bij", blocks, blocks)
+        count += len(labels)
+    scores = {}
+    for name, w in weights.items():
+        fisher = total[name] / count
+        level = damping * fisher.diagonal(dim1=1, dim2=2).mean().clamp_min(1e-20)
+        inverse = torch.linalg.inv(fisher + level * torch.eye(block, device=w.device, dtype=w.dtype))
+        diagonal = inverse.diagonal(dim1=1, dim2=2).flatten()[: w.numel()].view_as(w)
+        scores[name] = w.square() / (2 * diagonal.clamp_min(torch.finfo(w.dtype).tiny))
+    return scores
+
+
+def _gradients(net: nn.Module, images: Tensor, labels: Tensor) -> dict[str, Tensor]:
+    """The gradient of each image's own loss, (N, *weight.shape), by weight."""
+    weights = values(net)
+    rest = {name: p.detach() for name, p in net.named_parameters() if name not in weights} | dict(net.named_buffers())
+
+    def loss(some: dict[str, Tensor], image: Tensor, label: Tensor) -> Tensor:
+        logits = torch.func.functional_call(net, (some, rest), (image[None],))
+        return F.cross_entropy(logits, label[None])
+
+    return torch.func.vmap(torch.func.grad(loss), (None, 0, 0))(weights, images, labels)
+
+
+SCORES = {"magnitude": _magnitude, "random": _random, "fisher": _fisher, "fisher_weight": _fisher_weight,
+          "hessian": _hessian, "taylor": _taylor, "woodfisher": _woodfisher}
 
 
 # -- decisions --------------------------------------------------------------------------------------------------------
@@ -203,6 +330,25 @@ def prune(net: nn.Module, scores: Mapping[str, Tensor], sparsity: float, scope: 
           allow_empty: bool = False) -> nn.Module:
     """A pruned copy of `net`: `select` and `apply` in one call. Its masks hold through further training."""
     return apply(net, select(scores, sparsity, scope, allow_empty))
+
+
+def rewind(net: nn.Module, train: Callable[[nn.Module], nn.Module], rate: Callable[[nn.Module], Scores], sparsity: float,
+           rounds: int = 3, scope: str = "global") -> nn.Module:
+    """Iterative pruning with rewinding: train, prune, go back to the weights of `net`, and again (arXiv:1912.05671).
+
+    After round r of R the share (1 - sparsity)^(r/R) is kept. Give the network of an early point of its training as `net`
+    for rewinding, a fresh one for the lottery ticket of arXiv:1803.03635.
+
+    Parameters
+    ----------
+    train : from a network to its trained copy, such as ``lambda net: fit(net, data, epochs=5)[0]``
+    rate : from a trained network to scores, such as ``lambda net: score(net, data, "magnitude")``
+    """
+    trained = train(net)
+    for r in range(1, rounds + 1):
+        share = 1 - (1 - sparsity) ** (r / rounds)
+        trained = train(apply(net, select(rate(trained), share, scope)))
+    return trained
 
 
 def without_dead_ends(net: nn.Module, shape: tuple[int, int, int]) -> nn.Module:
