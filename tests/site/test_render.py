@@ -9,7 +9,7 @@ import yaml
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_output
 
 from fishlib.rerun import assets
-from fishlib.rerun.docstrings import escape_bars
+from fishlib.rerun.docstrings import escape
 from fishlib.rerun.render import DEFAULTS_PROMPT, RenderError, find, pages, presentable, render, swap
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -140,6 +140,7 @@ def test_former_site_returns_when_the_new_one_cannot_be_put_in_place(tmp_path):
     assert (out / "page.html").read_text() == "former"
 
 
-def test_bars_of_norms_are_escaped_but_not_in_code():
-    lines = ["|G|^2 / B and ``a | b`` and `c | d`::", "", "    x | y", "", "|z|", ">>> 1 | 2"]
-    assert escape_bars(lines) == [r"\|G\|^2 / B and ``a | b`` and `c | d`::", "", "    x | y", "", r"\|z\|", ">>> 1 | 2"]
+def test_bars_and_lone_stars_of_docstrings_are_escaped_but_not_in_code():
+    lines = ["|G|^2 / B and ``a | b`` and `c | d`::", "", "    x | *y", "", "|z| of *shape", "the *mean* of it", ">>> 1 | 2"]
+    assert escape(lines) == [r"\|G\|^2 / B and ``a | b`` and `c | d`::", "", "    x | *y", "", r"\|z\| of \*shape",
+                             "the *mean* of it", ">>> 1 | 2"]
