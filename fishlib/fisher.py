@@ -167,10 +167,12 @@ def _reduce_batch(net: nn.Module, images: Tensor, labels: Tensor | None, wanted:
     for rows in slices(len(images), size):
         found = _reduce(net, images[rows], None if labels is None else labels[rows], wanted, kind, reduction)
         for name, value in found.items():
-            if reduction == "squares":
+            if name not in total:
+                total[name] = value
+            elif reduction == "squares":
                 total[name] += value
             else:
-                total[name] = torch.cat([total[name], value]) if name in total else value
+                total[name] = torch.cat([total[name], value])
 
 
 def _rows_together(net: nn.Module, images: Tensor, wanted: dict[str, Tensor], kind: _Kind) -> int:
@@ -302,11 +304,12 @@ def diagonal(net: nn.Module, batches: Batches, kind: str = "exact", samples: int
     {'weight': torch.Size([2, 3]), 'bias': torch.Size([2])}
     """
     wanted, kind = select(net, parameters), _kind(kind, samples, generator, likelihood)
-    total = {name: torch.zeros_like(p, requires_grad=False) for name, p in wanted.items()}
+    total: dict[str, Tensor] = {}
     count = 0
     for images, labels in stream(batches):
         _reduce_batch(net, images, labels, wanted, kind, "squares", total)
         count += len(images)
+    total = {name: total[name] if name in total else torch.zeros_like(p, requires_grad=False) for name, p in wanted.items()}
     count = all_sum(total.values(), count)
     return {name: value.div_(count) for name, value in total.items()}
 

@@ -23,13 +23,18 @@ CHUNK = 1 << 20  # elements of per-sample gradients held at a time: what a cache
 
 # Rules: per-sample gradients of a layer's parameters from its input and the gradient of its output --------------------------
 #
-# A rule takes the arguments of the torch function that it stands for. `gradient(role, g, rows)` is (n, K, *parameter shape)
-# for the samples `rows` and their output gradients g (n, K, *output shape), K columns a sample.
+# A rule takes the arguments of the torch function that it stands for. `compress(g)` keeps of an output gradient (N, *output
+# shape) what the parameters' gradients need; `gradient(role, g, rows)` is (n, K, *parameter shape) for the samples `rows` and
+# what was kept of their K columns of output gradients, g (n, K, *kept shape).
 
 class Rule:
     input: Tensor
     weight: Tensor | None
     bias: Tensor | None
+
+    def forward(self, compute: Callable[[], Tensor]) -> Tensor:
+        """The layer's output, for rules that know a faster way than the function they stand for."""
+        return compute()
 
     def tensors(self) -> dict[str, Tensor]:
         return {role: t for role in ("weight", "bias") if (t := getattr(self, role)) is not None}
@@ -37,6 +42,9 @@ class Rule:
     def fits(self, samples: int) -> bool:
         """Whether the first dimension of the input counts samples, as far as shapes can tell."""
         return self.input.ndim > 1 and len(self.input) == samples
+
+    def compress(self, g: Tensor) -> Tensor:
+        return g
 
     def elements(self, role: str, g: Tensor) -> int:
         """Elements that the gradient of one sample takes."""
@@ -70,7 +78,12 @@ class Linear(Rule):
         if g.ndim > 3:
             return super().squares(role, g)
         outer = g.square().sum(1) if g.shape[1] > 1 else g[:, 0].square()
-        return outer.sum(0) if role == "bias" else outer.T @ self.input.square()
+        if role == "bias":
+            return outer.sum(0)
+        found = torch.empty_like(self.weight)
+        for part in slices(found.shape[1], max(64, CHUNK // (8 * len(g)))):
+            torch.mm(outer.T, self.input[:, part].square(), out=found[:, part])
+        return found
 
     def norms(self, role: str, g: Tensor) -> Tensor:
         if g.ndim > 3:
@@ -161,21 +174,28 @@ def _windows(input: Tensor, kernel: Sequence[int], stride: Sequence[int], dilati
 
 
 class BatchNorm(Rule):
+    """With running statistics an affine map of each channel: one product forwards and one backwards."""
+
     def __init__(self, input, running_mean, running_var, weight=None, bias=None, training=False, momentum=0.1, eps=1e-5):
         self.input, self.weight, self.bias = input, weight, bias
         self.mean, self.deviation = running_mean, (running_var + eps).sqrt()
 
-    def gradient(self, role: str, g: Tensor, rows: slice) -> Tensor:
-        summed = g.flatten(3).sum(3) if g.ndim > 3 else g
-        if role == "bias":
-            return summed.clone() if summed is g else summed
-        # sum g (a - mean) / deviation, without the normalised input in memory
-        products = torch.einsum("nkcp,ncp->nkc", g.reshape(*summed.shape, -1), self.input[rows].flatten(2)) \
-            if g.ndim > 3 else g * self.input[rows].unsqueeze(1)
-        return (products - self.mean * summed) / self.deviation
+    def forward(self, compute: Callable[[], Tensor]) -> Tensor:
+        scale = 1 / self.deviation if self.weight is None else self.weight / self.deviation
+        shift = -self.mean * scale if self.bias is None else self.bias - self.mean * scale
+        shape = (-1,) + (1,) * (self.input.ndim - 2)
+        return torch.addcmul(shift.view(shape), self.input, scale.view(shape))
 
-    def elements(self, role: str, g: Tensor) -> int:
-        return g[0].numel()
+    def compress(self, g: Tensor) -> Tensor:
+        """(N, 2, C): sums over positions of g a and of g, for input a."""
+        if g.ndim == 2:
+            return torch.stack([g * self.input, g], 1)
+        products = torch.einsum("ncp,ncp->nc", g.flatten(2), self.input.flatten(2))
+        return torch.stack([products, g.flatten(2).sum(2)], 1)
+
+    def gradient(self, role: str, g: Tensor, rows: slice) -> Tensor:
+        # sum g (a - mean) / deviation, without the normalised input in memory
+        return g[:, :, 1].clone() if role == "bias" else (g[:, :, 0] - self.mean * g[:, :, 1]) / self.deviation
 
 
 class LayerNorm(Rule):
@@ -200,13 +220,14 @@ class GroupNorm(Rule):
     def __init__(self, input, num_groups, weight=None, bias=None, eps=1e-5):
         self.input, self.weight, self.bias, self.groups, self.eps = input, weight, bias, num_groups, eps
 
-    def gradient(self, role: str, g: Tensor, rows: slice) -> Tensor:
-        if role == "weight":
-            g = g * F.group_norm(self.input.detach()[rows], self.groups, eps=self.eps).unsqueeze(1)
-        return g.flatten(3).sum(3) if g.ndim > 3 else g.clone()
+    def compress(self, g: Tensor) -> Tensor:
+        """(N, 2, C): sums over positions of g times the normalised input, and of g."""
+        products = g * F.group_norm(self.input, self.groups, eps=self.eps)
+        both = torch.stack([products, g], 1)
+        return both.flatten(3).sum(3) if both.ndim > 3 else both
 
-    def elements(self, role: str, g: Tensor) -> int:
-        return g[0].numel()
+    def gradient(self, role: str, g: Tensor, rows: slice) -> Tensor:
+        return g[:, :, 1 if role == "bias" else 0].clone()
 
 
 class Embedding(Rule):
@@ -319,9 +340,9 @@ class Recorder(Checks):
             self.foreign.update(touched)
             return func(*args, **kwargs)
         if any(isinstance(t, Tensor) and t.requires_grad for t in _leaves((args, kwargs))):
-            output = func(*args, **kwargs)
+            output = use.forward(lambda: func(*args, **kwargs))
         else:
-            output = _Root.apply(self.anchor, lambda: func(*args, **kwargs))
+            output = _Root.apply(self.anchor, lambda: use.forward(lambda: func(*args, **kwargs)))
         use.input = use.input.detach()
         use.outputs = output.numel()
         self.uses.append(use)
@@ -387,23 +408,34 @@ def logits(outputs, samples: int) -> Tensor:
     return outputs
 
 
-def propagate(outputs: Tensor, columns: Tensor, recorder: Recorder, consume: Callable[[Rule, Tensor], None]) -> None:
+def propagate(outputs: Tensor, columns: Tensor, recorder: Recorder, consume: Callable[[Rule, Tensor], None],
+              merged: Iterable[Rule] = ()) -> None:
     """One backward pass for each of the K columns (N, K, C) of output gradients.
 
-    Calls ``consume(use, g)``, g (N, K, *output shape), for every use as soon as its last gradient is there; uses that the outputs
-    do not depend on are left out.
+    Calls ``consume(use, g)``, g (N, K, *kept shape), for every use as soon as its last gradient is there; uses that the
+    outputs do not depend on are left out. `merged` uses need the sum over columns of squares only: they get its root, as a
+    single column.
     """
     waiting: dict[int, list[Tensor]] = defaultdict(list)
+    arrivals: Counter[int] = Counter()
     count = columns.shape[1]
+    merging = {id(use) for use in merged} if count > 1 else set()
 
+    @torch.no_grad()
     def arrived(use: Rule, g: Tensor) -> None:
-        waiting[id(use)].append(g)
-        if len(waiting[id(use)]) == count:
-            gradients = waiting.pop(id(use))
-            g = gradients[0].unsqueeze(1) if count == 1 else torch.stack(gradients, 1)
-            gradients.clear()
-            with torch.no_grad():
-                consume(use, g)
+        kept = waiting[id(use)]
+        g = use.compress(_as_parameter(use, g))
+        arrivals[id(use)] += 1
+        if id(use) not in merging:
+            kept.append(g)
+        elif kept:
+            kept[0].addcmul_(g, g)
+        else:
+            kept.append(g.square())
+        if arrivals[id(use)] == count:
+            g = torch.stack(kept, 1) if len(kept) > 1 else kept[0].unsqueeze(1)
+            kept.clear()
+            consume(use, g.sqrt_() if id(use) in merging else g)
 
     recorder.arrived = arrived
     if outputs.requires_grad:
@@ -417,27 +449,30 @@ def reduced(outputs: Tensor, columns: Tensor, recorder: Recorder, reduction: str
     unruled = recorder.unruled()
     names = {i: name for i, name in recorder.wanted.items() if name not in unruled}
     uses_of = Counter(id(t) for use in recorder.uses for t in use.tensors().values())
+    alone = {id(use) for use in recorder.uses if all(uses_of[id(t)] == 1 for t in use.tensors().values())}
     found: dict[str, Tensor] = {}
     shared: dict[str, list[tuple[Rule, str, Tensor]]] = defaultdict(list)
 
     def consume(use: Rule, g: Tensor) -> None:
-        tensors = {role: t for role, t in use.tensors().items() if id(t) in names}
-        for role, t in tensors.items():
-            g = _as_parameter(use, g, t)
+        for role, t in use.tensors().items():
+            if id(t) not in names:
+                continue
             if uses_of[id(t)] > 1:
                 shared[names[id(t)]].append((use, role, g))
             else:
                 found[names[id(t)]] = getattr(use, reduction)(role, g)
-        if all(uses_of[id(t)] == 1 for t in tensors.values()):
+        if id(use) in alone:
             use.input = None  # free memory while the backward pass goes on
 
-    propagate(outputs, columns, recorder, consume)
+    merged = [use for use in recorder.uses if isinstance(use, Linear) and use.input.ndim == 2 and id(use) in alone]
+    propagate(outputs, columns, recorder, consume, merged)
     with torch.no_grad():
         return found | {name: _summed(parts, reduction) for name, parts in shared.items()}
 
 
-def _as_parameter(use: Rule, g: Tensor, parameter: Tensor) -> Tensor:
+def _as_parameter(use: Rule, g: Tensor) -> Tensor:
     """Under autocast activations have less precision than parameters, too little for squares."""
+    parameter = next(iter(use.tensors().values()))
     if g.dtype == parameter.dtype:
         return g
     if use.input.is_floating_point():
