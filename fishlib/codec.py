@@ -381,7 +381,7 @@ def compress(net: nn.Module, path: str | Path) -> pd.Series:
     previous = None
     for name, tensor in tensors.items():
         part = _Part.of(name, tensor, modules)
-        previous = part.write(tensor, sections, coders, previous)
+        previous = _latest(part.write(tensor, sections, coders, previous), previous)
     for name, coder in coders.items():
         sections[name] += coder.get_compressed().astype("<u4").tobytes().rstrip(b"\0")
     body = struct.pack("<II", _structure(tensors), _content(tensors))
@@ -572,7 +572,9 @@ class _Part:
         part.kind = SPARSE if tensor.ndim > 1 and counts[patterns == 0].sum() > 0.1 * tensor.numel() else DENSE
         kept = (patterns != 0) | (part.kind == DENSE)
         part.codebook, part.counts = patterns[kept].view(np.float32), counts[kept]
-        part.half = bool((part.codebook.astype(np.float16).astype(np.float32).view(np.uint32) == patterns[kept]).all())
+        with np.errstate(over="ignore"):
+            halves = part.codebook.astype(np.float16)
+        part.half = bool((halves.astype(np.float32).view(np.uint32) == patterns[kept]).all())
         return part
 
     @property
@@ -650,6 +652,10 @@ class _Part:
         return torch.from_numpy(entries).view(self.shape), places.any(1)
 
 
+def _latest(rows: np.ndarray | None, before: np.ndarray | None) -> np.ndarray | None:
+    return before if rows is None else rows
+
+
 def _patterns(tensor: Tensor) -> np.ndarray:
     return np.ascontiguousarray(tensor.detach().cpu().numpy()).reshape(-1).view(np.uint32)
 
@@ -697,7 +703,8 @@ class _File:
         coders = {name: _decoder(self.sections[name]) for name in ("positions", "values", "biases")}
         tensors, alive = [], None
         for part in parts:
-            tensor, alive = part.decode(readers, coders, alive)
+            tensor, rows = part.decode(readers, coders, alive)
+            alive = _latest(rows, alive)
             tensors.append(tensor)
         return tensors
 
