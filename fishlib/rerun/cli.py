@@ -391,6 +391,8 @@ class _Shown:
     def __call__(self, progress: Any) -> None:
         ended = progress.done + progress.failed
         left = "" if progress.seconds_left is None else f", about {_duration(progress.seconds_left)} left"
+        if not progress.running and ended < progress.total:
+            left = ", no worker is there"
         text = (f"done {progress.done}, running {progress.running}, failed {progress.failed}, "
                 f"waiting {progress.total - ended - progress.running}{left}")
         if self.display.live:

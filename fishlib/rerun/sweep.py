@@ -118,7 +118,7 @@ def drive(runs: Iterable[Run], executor: cf.Executor, slots: Callable[[], int], 
     options : of `work`
     """
     progress, waiting, flying = Progress(total), iter(runs), {}
-    spent, room, asked = 0.0, max(1, slots()), time.monotonic()
+    spent, room, asked = 0.0, slots(), time.monotonic()
     while True:
         # Two more than can run, so that no worker waits for this loop.
         for run in itertools.islice(waiting, max(0, room + 2 - len(flying))):
@@ -135,10 +135,10 @@ def drive(runs: Iterable[Run], executor: cf.Executor, slots: Callable[[], int], 
                 progress.failed += 1
                 failure(run, error)
         if time.monotonic() - asked > 1:
-            room, asked = max(1, slots()), time.monotonic()
+            room, asked = slots(), time.monotonic()
         progress.running = min(len(flying), room)
         left = progress.total - progress.done - progress.failed
-        progress.seconds_left = spent / progress.done * left / room if progress.done else None
+        progress.seconds_left = spent / progress.done * left / room if progress.done and room else None
         show(progress)
 
 

@@ -1,0 +1,178 @@
+"""The table of all results."""
+
+import itertools
+import json
+import math
+import shutil
+
+import numpy as np
+import pandas as pd
+import pytest
+from click.testing import CliRunner
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from fishlib.rerun import chapters, collect
+from fishlib.rerun.cli import main
+
+
+def leave(root, records, chapter="10_small", library="a", **parameters):
+    """Results as a run leaves them."""
+    folder = root / chapter / f"{sum(1 for _ in root.rglob('results.json')):04d}"
+    folder.mkdir(parents=True)
+    provenance = {"identity": folder.name, "library": library, "commit": "abc", "versions": {"torch": "2"}}
+    content = {"chapter": chapter, "parameters": parameters, "records": records, "provenance": provenance}
+    (folder / "results.json").write_text(json.dumps(content))
+    return folder
+
+
+@pytest.fixture
+def folders(tmp_path, build, monkeypatch):
+    """Where runs are looked for: those of sweeps and the stored ones."""
+    monkeypatch.setattr(collect, "STORED", tmp_path / "stored")
+    return build / "runs", tmp_path / "stored"
+
+
+def fishlib_results(tmp_path, *words):
+    return CliRunner().invoke(main, ["results", *map(str, words), "--out", str(tmp_path / "table")])
+
+
+def test_every_run_is_a_row_with_parameters_records_and_provenance(folders, tmp_path):
+    swept, stored = folders
+    for seed, strength in itertools.product(range(2), (0.0, 0.1)):
+        leave(swept, {"accuracy": 0.9 + seed / 100, "curve": [1.0, 2.0], "cost": {"bytes": 7}}, seed=seed,
+              strength=strength)
+    leave(stored, {"accuracy": 0.99}, chapter="11_other", seed=0)
+    table = collect.results()
+    assert len(table) == 5
+    row = table[(table["chapter"] == "10_small") & (table["seed"] == 1) & (table["strength"] == 0.1)].iloc[0]
+    assert row["accuracy"] == 0.91
+    assert row["curve"] == [1.0, 2.0]
+    assert row["cost.bytes"] == 7
+    assert row["provenance.commit"] == "abc"
+    assert row["provenance.versions.torch"] == "2"
+    assert set(collect.results("11*")["chapter"]) == {"11_other"}
+    assert len(collect.results("10_small/0001")) == 1
+    assert set(collect.stored()["chapter"]) == {"11_other"}
+    assert collect.stored("12*").empty
+
+    assert fishlib_results(tmp_path, "--summary").exit_code == 0
+    parquet, csv = pd.read_parquet(tmp_path / "table.parquet"), pd.read_csv(tmp_path / "table.csv")
+    assert list(parquet.columns) == list(csv.columns) == list(table.columns)
+    np.testing.assert_array_equal(parquet["accuracy"], table["accuracy"])
+    np.testing.assert_array_equal(csv["accuracy"], table["accuracy"])
+    assert sorted(file.name for file in tmp_path.glob("*table*")) == [
+        "table.csv", "table.parquet", "table_summary.csv", "table_summary.parquet"]
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, [1.0, -math.inf], {"inner": math.nan}])
+def test_records_that_are_not_finite_are_refused_by_name(folders, tmp_path, value):
+    leave(folders[0], {"accuracy": 0.9}, seed=0)
+    bad = leave(folders[0], {"loss": value}, seed=1)
+    result = fishlib_results(tmp_path)
+    assert result.exit_code == 1
+    assert "loss" in result.output
+    assert str(bad) in result.output
+    assert not list(tmp_path.glob("table*"))
+
+
+def test_two_runs_of_the_same_parameters_are_refused_by_name(folders, tmp_path):
+    first = leave(folders[0], {"accuracy": 0.9}, seed=0)
+    second = leave(folders[0], {"accuracy": 0.9}, seed=0, library="b")
+    result = fishlib_results(tmp_path)
+    assert result.exit_code == 1
+    assert str(first) in result.output
+    assert str(second) in result.output
+    shutil.rmtree(second)
+    shutil.copytree(first, second)
+    assert fishlib_results(tmp_path).exit_code == 1
+
+
+def test_a_run_that_was_stored_unchanged_counts_once(folders):
+    run = leave(folders[0], {"accuracy": 0.9}, seed=0)
+    shutil.copytree(run, folders[1] / "10_small" / run.name)
+    table = collect.results()
+    assert len(table) == 1
+    assert table["file"][0].startswith(str(folders[1]))
+
+
+def test_a_damaged_file_and_a_clash_of_names_are_refused(folders):
+    run = leave(folders[0], {"strength": 2.0}, seed=0, strength=1.0)
+    with pytest.raises(ValueError, match="strength are named as parameters"):
+        collect.results()
+    (run / "results.json").write_text("{")
+    with pytest.raises(ValueError, match=r"results\.json is not the results of a run"):
+        collect.results()
+
+
+def test_runs_from_several_states_of_the_library_are_noted(folders, tmp_path):
+    for seed, library in enumerate("aab"):
+        leave(folders[0], {"accuracy": 0.9}, seed=seed, library=library)
+    result = fishlib_results(tmp_path)
+    assert result.exit_code == 0
+    assert "10_small come from 2 states" in result.output
+
+
+def test_without_any_run_the_command_says_so(folders, tmp_path):
+    result = fishlib_results(tmp_path, "09*")
+    assert result.exit_code == 1
+    assert "no finished run matches '09*'" in result.output
+
+
+def test_the_summary_of_known_numbers(folders):
+    for seed, value in enumerate((1.0, 2.0, 3.0, 4.0)):
+        leave(folders[0], {"value": value, "text": "x"}, seed=seed, sizes=[3, 1])
+    leave(folders[0], {"value": 7}, seed=0, sizes=[5])
+    many, one = (row for _, row in collect.summary(collect.results()).iterrows())
+    # Student's t for three degrees of freedom is 3.182446 [any table].
+    half = 3.182446 * math.sqrt(5 / 3) / 2
+    assert (many["sizes"], many["record"], many["n"]) == ([3, 1], "value", 4)
+    assert (many["mean"], many["std"]) == (2.5, pytest.approx(math.sqrt(5 / 3)))
+    assert (many["low"], many["high"]) == (pytest.approx(2.5 - half, abs=1e-5), pytest.approx(2.5 + half, abs=1e-5))
+    assert (one["sizes"], one["mean"], one["n"]) == ([5], 7.0, 1)
+    assert math.isnan(one["std"])
+    assert math.isnan(one["low"])
+
+
+@given(st.dictionaries(st.tuples(st.integers(0, 5), st.sampled_from(["a", "b", None])), st.floats(-1e3, 1e3), min_size=1))
+@settings(deadline=None, max_examples=30)
+def test_the_summary_agrees_with_a_loop_over_rows(values):
+    table = pd.DataFrame([{"chapter": "c", "seed": seed, "kind": kind, "value": value}
+                          for (seed, kind), value in values.items()])
+    table.attrs["parameters"] = ["seed", "kind"]
+    summary = collect.summary(table)
+    for kind in {kind for _, kind in values}:
+        group = [value for (_, other), value in values.items() if other == kind]
+        row = summary[summary["kind"].isna() if kind is None else summary["kind"] == kind].iloc[0]
+        assert row["n"] == len(group)
+        assert row["mean"] == pytest.approx(sum(group) / len(group), abs=1e-9)
+        if len(group) > 1:
+            assert row["std"] == pytest.approx(np.std(group, ddof=1), abs=1e-9)
+
+
+def test_a_plot_is_drawn_and_an_unknown_column_is_answered_with_those_there_are(folders, tmp_path):
+    for seed, strength in itertools.product(range(3), (0.0, 0.1)):
+        leave(folders[0], {"accuracy": 0.9 + seed / 100}, seed=seed, strength=strength)
+    result = fishlib_results(tmp_path, "--plot", "strength", "accuracy", "-")
+    assert result.exit_code == 0, result.output
+    assert (tmp_path / "table.png").stat().st_size > 5000
+    result = fishlib_results(tmp_path, "--plot", "strenght", "accuracy", "seed")
+    assert result.exit_code == 1
+    assert "no column 'strenght': use chapter, identity, seed, strength, accuracy" in result.output
+
+
+def test_the_plan_for_a_cluster_counts_right_and_its_file_is_valid(tmp_path):
+    import re
+    import shlex
+
+    from fishlib.rerun import sweep
+
+    page = (chapters.ROOT / "chapters" / "howto_cluster.md").read_text()
+    command = re.search(r"# 3\. all of it\n(.*?)\n\n", page, re.S)[1].replace("\\\n", " ")
+    words = shlex.split(command)
+    axes = sweep.grid(chapters.load(words[2]), [words[i + 1] for i, word in enumerate(words) if word == "-g"])
+    assert math.prod(map(len, axes.values())) == 1000
+    file = tmp_path / "slurm.yml"
+    file.write_text(re.search(r"```yaml\n(.*?)```", page, re.S)[1])
+    slurm, jobs = sweep.slurm_settings(file)
+    assert jobs * slurm["cores"] == 16
