@@ -22,6 +22,7 @@ from torch.func import functional_call
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
+from .tampering import quantized
 from .training import evaluation_mode
 
 Threat = Callable[[Tensor], Tensor]
@@ -35,6 +36,11 @@ def range_noise(weight: Tensor) -> Tensor:
 def relative_noise(weight: Tensor) -> Tensor:
     """S = diag(w^2): each weight times 1 + noise. Deleting a share r at random has the second moment r diag(w^2)."""
     return weight.square()
+
+
+def range_and_relative(weight: Tensor) -> Tensor:
+    """S = (max w - min w)^2 I + 100 diag(w^2): both threats; at strength 0.003 noise of eta = 0.077 and a deletion of 60 %."""
+    return range_noise(weight) + 100 * relative_noise(weight)
 
 
 def isotropic(weight: Tensor) -> Tensor:
@@ -51,14 +57,14 @@ def quantization(bits: int) -> Threat:
     return rounding
 
 
-THREATS: dict[str, Threat] = {"range_noise": range_noise, "relative_noise": relative_noise, "isotropic": isotropic}
+THREATS: dict[str, Threat] = {"range_noise": range_noise, "relative_noise": relative_noise,
+                             "range_and_relative": range_and_relative, "isotropic": isotropic}
 
 
 def round_to(bits: int) -> Callable[[Tensor], Tensor]:
     """The quantiser that rounds a tensor to the nearest of 2^bits equidistant levels from its minimum to its maximum."""
     def rounded(weight: Tensor) -> Tensor:
-        low, step = weight.min(), (weight.max() - weight.min()).clamp_min(1e-30) / (2**bits - 1)
-        return low + step * ((weight - low) / step).round()
+        return quantized(weight, bits)
 
     rounded.__name__ = f"round_to_{bits}_bits"
     return rounded
@@ -421,7 +427,6 @@ class FisherWeighted(Penalty):
             raise ValueError(f"refresh={refresh}: use at least 1")
         self.source, self.refresh = source, refresh
 
-    @torch.no_grad()
     def on_train_batch_end(self, trainer: L.Trainer, module: L.LightningModule, outputs: Any, batch: Any,
                            index: int) -> None:
         strength = self.current_strength()
@@ -481,12 +486,15 @@ class FisherQuantization(Penalty):
         super().__init__(strength, every, warmup)
         self.quantize, self.constant, self.decay, self.biases = quantize or round_to(4), constant, decay, biases
 
-    @torch.no_grad()
     def on_train_batch_end(self, trainer: L.Trainer, module: L.LightningModule, outputs: Any, batch: Any,
                            index: int) -> None:
-        strength = self.current_strength()
-        rates = {id(p): group["lr"] for group in trainer.optimizers[0].param_groups for p in group["params"]}
-        for name, p in _trained(module.net, self.biases).items():
+        self.pull(trainer.optimizers[0], module.net, self.current_strength())
+
+    @torch.no_grad()
+    def pull(self, optimizer: torch.optim.Optimizer, net: nn.Module, strength: float) -> None:
+        """Bring the moving average up to date with the last gradient and take one step towards the quantised weights."""
+        rates = {id(p): group["lr"] for group in optimizer.param_groups for p in group["params"]}
+        for name, p in _trained(net, self.biases).items():
             mean = self.memory.setdefault(name, torch.zeros_like(p))
             mean.lerp_(p.grad.square(), 1 - self.decay)
             if strength:
@@ -516,6 +524,7 @@ NAMES: dict[str, Callable[[float], Penalty | None]] = {
     "kl_noise": KLNoise,
     "fisher_trace": FisherTrace,
     "fisher_relative": lambda strength: FisherTrace(strength, "relative_noise"),
+    "fisher_sum": lambda strength: FisherTrace(strength, "range_and_relative"),
     "fisher_isotropic": lambda strength: FisherTrace(strength, "isotropic"),
     "fisher_weighted": FisherWeighted,
     "fisher_quantization": FisherQuantization,

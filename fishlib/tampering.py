@@ -1,0 +1,475 @@
+"""Changing the weights of a trained network, by chance or by an adversary, and certificates against it.
+
+    with perturb(net, "range_noise", 0.1, generator):
+        evaluate(net, data, "test")          # the weights are back afterwards, whatever happens inside
+
+`changed` gives the changed weights of each kind, `curve` the accuracy against its size, `flip_bits` and `adversary` search
+for the worst change, `certify` bounds what any change of a given length can do.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import pandas as pd
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call, vmap
+from torch.nn import functional as F
+
+from .data import ImageData
+from .training import evaluation_mode
+
+Weights = dict[str, Tensor]
+
+
+def _range(w: Tensor) -> Tensor:
+    return w.max() - w.min()
+
+
+def _normal(w: Tensor, generator: torch.Generator | None) -> Tensor:
+    return torch.randn(w.shape, generator=generator, device=w.device, dtype=w.dtype)
+
+
+def _kept(w: Tensor, share: float, generator: torch.Generator | None) -> Tensor:
+    return torch.rand(w.shape, generator=generator, device=w.device) >= share
+
+
+def _keep_smallest(w: Tensor, share: float) -> Tensor:
+    order = w.abs().flatten().argsort()
+    mask = torch.ones_like(order, dtype=torch.bool)
+    mask[order[len(order) - round(share * len(order)):]] = False
+    return mask.view(w.shape)
+
+
+def quantized(w: Tensor, bits: int) -> Tensor:
+    """Rounded to 2^bits equidistant levels from the minimum to the maximum of the tensor."""
+    low, step = w.min(), _range(w).clamp_min(1e-30) / (2**bits - 1)
+    return low + step * ((w - low) / step).round()
+
+
+def to_int8(w: Tensor) -> tuple[Tensor, Tensor]:
+    """Two's complement integers from -127 to 127 and their step, max |w| / 127: w ~ step x integer."""
+    step = w.abs().max().clamp_min(1e-30) / 127
+    return (w / step).round().to(torch.int8), step
+
+
+def _flip_int8(w: Tensor, share: float, generator: torch.Generator | None) -> Tensor:
+    code, step = to_int8(w)
+    return _flipped(code, 8, share, generator).to(w.dtype) * step
+
+
+def _flip_float32(w: Tensor, share: float, generator: torch.Generator | None) -> Tensor:
+    return _flipped(w.float().view(torch.int32), 32, share, generator).view(torch.float32).to(w.dtype)
+
+
+def _flipped(code: Tensor, bits: int, share: float, generator: torch.Generator | None) -> Tensor:
+    hit = torch.rand((*code.shape, bits), generator=generator, device=code.device) < share
+    mask = (hit.long() << torch.arange(bits, device=code.device)).sum(-1)
+    return code ^ mask.to(code.dtype)  # the cast wraps, so the highest bit is the sign
+
+
+KINDS: dict[str, Callable[[Tensor, float, torch.Generator | None], Tensor]] = {
+    "range_noise": lambda w, amount, g: w + amount * _range(w) * _normal(w, g),
+    "norm_noise": lambda w, amount, g: w + amount * w.norm() / w.numel() ** 0.5 * _normal(w, g),
+    "relative_noise": lambda w, amount, g: w * (1 + amount * _normal(w, g)),
+    "gaussian": lambda w, amount, g: w + amount * _normal(w, g),
+    "deletion": lambda w, share, g: w * _kept(w, share, g),
+    "deletion_of_largest": lambda w, share, g: w * _keep_smallest(w, share),
+    "bit_flips_int8": _flip_int8,
+    "bit_flips_float32": _flip_float32,
+    "quantization": lambda w, bits, g: quantized(w, int(bits)),
+}
+SHARES = ("deletion", "deletion_of_largest", "bit_flips_int8", "bit_flips_float32")
+
+
+def trained(net: nn.Module, biases: bool = True) -> Weights:
+    """The tensors under attack: all parameters by name, or without biases those of two dimensions and more."""
+    return {name: p.detach() for name, p in net.named_parameters() if biases or p.ndim > 1}
+
+
+def changed(net: nn.Module, kind: str, amount: float, generator: torch.Generator | None = None,
+            biases: bool = True) -> Weights:
+    """New values of the tensors of `net` under one random change; the network stays as it is.
+
+    Parameters
+    ----------
+    kind : "range_noise", "norm_noise" (Gaussian noise, its deviation in units of each tensor's range or of its root mean
+        square), "relative_noise" (each weight times 1 + noise), "gaussian" (absolute), "deletion" (a random share set to
+        zero), "deletion_of_largest" (of each tensor, the share of largest magnitude), "bit_flips_int8" and
+        "bit_flips_float32" (each stored bit flipped with this probability; the first rounds to 8 bits before),
+        "quantization" (rounded to `amount` bits)
+    amount : size of the change, a share for deletion and bit flips, bits for quantisation
+    generator : by default torch's global one
+    biases : whether tensors of one dimension change too
+
+    Raises
+    ------
+    ValueError
+        an unknown kind, or an amount that makes no sense for it
+    """
+    _check(kind, amount)
+    return {name: KINDS[kind](w, amount, generator) for name, w in trained(net, biases).items()}
+
+
+def _check(kind: str, amount: float) -> None:
+    if kind not in KINDS:
+        raise ValueError(f"unknown kind of change {kind!r}: use one of {', '.join(KINDS)}")
+    if not amount >= 0 or (kind in SHARES and amount > 1) or (kind == "quantization" and amount < 1):
+        valid = "a share from 0 to 1" if kind in SHARES else "at least 1 bit" if kind == "quantization" else "at least 0"
+        raise ValueError(f"amount={amount} makes no sense for {kind}: use {valid}")
+
+
+@contextlib.contextmanager
+def perturb(net: nn.Module, kind: str, amount: float, generator: torch.Generator | None = None,
+            biases: bool = True) -> Iterator[nn.Module]:
+    """The network with changed weights, see `changed`; the old ones come back at the end, also after an exception."""
+    with replaced(net, changed(net, kind, amount, generator, biases)):
+        yield net
+
+
+@contextlib.contextmanager
+def replaced(net: nn.Module, weights: Weights) -> Iterator[nn.Module]:
+    """The network with other `weights`, by name of parameter; the old ones come back at the end."""
+    parameters = dict(net.named_parameters())
+    kept = {name: parameters[name].data for name in weights}
+    try:
+        for name, value in weights.items():
+            parameters[name].data = value
+        yield net
+    finally:
+        for name, value in kept.items():
+            parameters[name].data = value
+
+
+def curve(net: nn.Module, data: ImageData, kind: str, amounts: Sequence[float], repeats: int = 10,
+          split: str = "test", biases: bool = True, reestimate: bool = False, seed: int = 0,
+          batch_size: int = 1024) -> pd.DataFrame:
+    """Accuracy after changes of growing size, `repeats` draws each: one row an amount.
+
+    Small networks run all draws at once (vmap over stacked weights), which saves the time of many small operators.
+
+    Parameters
+    ----------
+    kind, biases : as for `changed`
+    reestimate : take BatchNorm's statistics anew after each change, as means over the batches of the training split
+    seed : of the draws; the global generator is not used
+
+    Returns
+    -------
+    Columns kind, amount, accuracy (mean over draws), deviation (standard deviation over draws), low and high (the 95 %
+    interval of the mean over draws, normal approximation; the images are held fixed), repeats.
+    """
+    if repeats < 1:
+        raise ValueError(f"repeats={repeats}: use at least 1")
+    rows = []
+    for amount in amounts:
+        _check(kind, amount)
+        generator = torch.Generator(data.device).manual_seed(seed)
+        draws = [changed(net, kind, amount, generator, biases) for _ in range(repeats)]
+        values = np.array(accuracies(net, data, draws, split, reestimate, batch_size))
+        spread = values.std(ddof=1) if repeats > 1 else 0.0
+        half = 1.96 * spread / repeats**0.5
+        rows.append({"kind": kind, "amount": amount, "accuracy": values.mean(), "deviation": spread,
+                     "low": values.mean() - half, "high": values.mean() + half, "repeats": repeats})
+    return pd.DataFrame(rows)
+
+
+@torch.no_grad()
+def accuracies(net: nn.Module, data: ImageData, draws: list[Weights], split: str = "test", reestimate: bool = False,
+               batch_size: int = 1024) -> list[float]:
+    """Accuracy of `net` with each of several sets of weights; a prediction that is not a number counts as wrong."""
+    with evaluation_mode(net):
+        if reestimate:
+            draws = [weights | reestimated(net, data, weights) for weights in draws]
+        correct, samples = torch.zeros(len(draws), device=data.device), 0
+        for images, labels in data.batches(split, batch_size, shuffle=False):
+            correct += (predictions(net, images, draws) == labels).sum(1)
+            samples += len(labels)
+    return (correct / samples).tolist()
+
+
+# Below this many weights the operators' fixed cost exceeds their work on one set of weights (measured on a CPU).
+SMALL = 30_000
+
+
+def predictions(net: nn.Module, images: Tensor, draws: list[Weights]) -> Tensor:
+    """Predicted classes (draws, N) under each set of weights; -1 where an output is not a number."""
+    size = sum(w.numel() for w in draws[0].values())
+    if len(draws) > 1 and size < SMALL:
+        stacked = {name: torch.stack([weights[name] for weights in draws]) for name in draws[0]}
+        logits = vmap(lambda weights: functional_call(net, weights, (images,)))(stacked)
+    else:
+        logits = torch.stack([functional_call(net, weights, (images,)) for weights in draws])
+    return torch.where(logits.isfinite().all(-1), logits.argmax(-1), -1)
+
+
+@torch.no_grad()
+def reestimated(net: nn.Module, data: ImageData, weights: Weights, batches: int = 10) -> Weights:
+    """BatchNorm's running means and variances under other weights, as means over some batches of training images."""
+    buffers = {name: b.clone() for name, b in net.named_buffers()}
+    norms = [m for m in net.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.track_running_stats]
+    if not norms:
+        return {}
+    momenta = [m.momentum for m in norms]
+    try:
+        for m in norms:
+            m.train()
+        for count, (images, _) in zip(range(1, batches + 1), data.batches("train", shuffle=False), strict=False):
+            for m in norms:
+                m.momentum = 1 / count
+            functional_call(net, weights | buffers, (images,))
+    finally:
+        for m, momentum in zip(norms, momenta, strict=True):
+            m.momentum = momentum
+            m.eval()
+    return buffers
+
+
+def _loss(net: nn.Module, weights: Weights, images: Tensor, labels: Tensor) -> Tensor:
+    return F.cross_entropy(functional_call(net, weights, (images,)), labels)
+
+
+def flip_bits(net: nn.Module, images: Tensor, labels: Tensor, flips: int, biases: bool = False,
+              stop: Callable[[Weights], bool] | None = None) -> list[tuple[str, int, int, Weights]]:
+    """The progressive bit-flip attack on 8-bit weights [Rakin et al. 2019], one flip after the other.
+
+    Each round takes the gradient of the loss on the given images, ranks in every tensor the flips by their first-order
+    gain, gradient x change of the weight, tries the best one of each tensor, and keeps the one of highest loss.
+
+    Parameters
+    ----------
+    images, labels : the attacker's batch
+    flips : rounds
+    stop : called with the weights after each flip; the attack ends when it returns True
+
+    Returns
+    -------
+    A list with one entry a flip: name of the tensor, flat index, bit (7 is the sign), and the weights after it.
+    """
+    with evaluation_mode(net):
+        codes, steps = {}, {}
+        for name, w in trained(net, biases).items():
+            codes[name], steps[name] = to_int8(w)
+        history, done = [], set()
+        for _ in range(flips):
+            weights = {name: codes[name].float() * steps[name] for name in codes}
+            best = _best_flip(net, weights, codes, steps, images, labels, done)
+            if best is None:
+                break
+            name, index, bit = best
+            done.add(best)
+            codes[name] = _with_flip(codes[name], index, bit)
+            history.append((name, index, bit, weights | {name: codes[name].float() * steps[name]}))
+            if stop is not None and stop(history[-1][3]):
+                break
+    return history
+
+
+def _with_flip(code: Tensor, index: int, bit: int) -> Tensor:
+    flat = code.flatten().clone()
+    flat[index] ^= torch.tensor(1 << bit, device=code.device).to(torch.int8)
+    return flat.view(code.shape)
+
+
+def _best_flip(net: nn.Module, weights: Weights, codes: Weights, steps: Weights, images: Tensor, labels: Tensor,
+               done: set) -> tuple[str, int, int] | None:
+    leaves = {name: w.requires_grad_() for name, w in weights.items()}
+    with torch.enable_grad():
+        gradients = torch.autograd.grad(_loss(net, leaves, images, labels), list(leaves.values()))
+    best, highest = None, -float("inf")
+    with torch.no_grad():
+        for (name, code), gradient in zip(codes.items(), gradients, strict=True):
+            bits = torch.arange(8, device=code.device)
+            sign = 1 - 2 * ((code.flatten().long() & 255)[:, None] >> bits & 1)
+            change = sign * torch.where(bits == 7, -(1 << bits), 1 << bits)
+            gain = gradient.flatten()[:, None] * change * steps[name]
+            for old, index, bit in done:
+                if old == name:
+                    gain[index, bit] = -float("inf")  # flipping back would end the search in a circle
+            index, bit = divmod(int(gain.argmax()), 8)
+            if not torch.isfinite(gain[index, bit]):
+                continue
+            tried = weights | {name: _with_flip(code, index, bit).float() * steps[name]}
+            if (loss := _loss(net, tried, images, labels).item()) > highest:
+                best, highest = (name, index, bit), loss
+    return best
+
+
+def adversary(net: nn.Module, images: Tensor, labels: Tensor, radius: float, norm: str = "l2", steps: int = 20,
+              biases: bool = True) -> Weights:
+    """Weights that raise the loss, found by projected gradient ascent within a budget around those of `net`.
+
+    Parameters
+    ----------
+    images, labels : the attacker's batch
+    radius : budget, relative to the weights: for "l2" the length of the change over that of all weights together, for
+        "linf" the change of each weight over its tensor's range
+    steps : of size 2.5 radius / steps, along the gradient ("l2") or its sign ("linf")
+    """
+    if norm not in ("l2", "linf"):
+        raise ValueError(f"unknown norm {norm!r}: use l2 or linf")
+    start = trained(net, biases)
+    length = torch.stack([w.square().sum() for w in start.values()]).sum().sqrt()
+    limits = {name: radius * (length if norm == "l2" else _range(w)) for name, w in start.items()}
+    change = {name: torch.zeros_like(w) for name, w in start.items()}
+    with evaluation_mode(net):
+        for _ in range(steps):
+            moved = {name: (start[name] + d).requires_grad_() for name, d in change.items()}
+            with torch.enable_grad():
+                gradients = torch.autograd.grad(_loss(net, moved, images, labels), list(moved.values()))
+            change = _ascend(change, gradients, limits, norm, 2.5 / steps)
+    return {name: start[name] + d for name, d in change.items()}
+
+
+def _ascend(change: Weights, gradients: Sequence[Tensor], limits: Weights, norm: str, rate: float) -> Weights:
+    if norm == "linf":
+        return {name: (change[name] + rate * limits[name] * g.sign()).clamp(-limits[name], limits[name])
+                for name, g in zip(change, gradients, strict=True)}
+    size = torch.stack([g.square().sum() for g in gradients]).sum().sqrt().clamp_min(1e-30)
+    moved = {name: change[name] + rate * limits[name] * g / size for name, g in zip(change, gradients, strict=True)}
+    length = torch.stack([d.square().sum() for d in moved.values()]).sum().sqrt()
+    return {name: d * (limits[name] / length).clamp(max=1) for name, d in moved.items()}
+
+
+@dataclass(frozen=True)
+class Certificate:
+    """Predictions of a network smoothed over its weights, and the radius within which each cannot change.
+
+    Attributes
+    ----------
+    predictions : class of each image, -1 where the procedure abstains; shape (N,)
+    radii : certified length of a change of all weights, in units of each tensor's `scale`; 0 where it abstains
+    scales : unit of length of each tensor
+    sigma : deviation of the smoothing noise in the same units
+    alpha : each certificate fails with at most this probability over the draws of the noise
+    """
+
+    predictions: Tensor
+    radii: Tensor
+    scales: Weights
+    sigma: float
+    alpha: float
+
+    @property
+    def abstained(self) -> int:
+        return int((self.predictions < 0).sum())
+
+    def accuracy(self, labels: Tensor, radii: Sequence[float]) -> pd.DataFrame:
+        """Certified accuracy: the share of images that are right and certified at each radius, abstentions counted as wrong."""
+        right = self.predictions == labels.to(self.predictions.device)
+        return pd.DataFrame({"radius": list(radii), "accuracy": [
+            ((right & (self.radii >= r)).double().mean()).item() for r in radii]})
+
+
+def certify(net: nn.Module, images: Tensor, sigma: float, samples: int = 1000, alpha: float = 0.001,
+            scale: str = "range", biases: bool = True, generator: torch.Generator | None = None,
+            chunk: int = 50) -> Certificate:
+    """Randomised smoothing over the *weights* [Cohen et al. 2019]: radius sigma Phi^-1(p_A).
+
+    The smoothed network predicts the most frequent class under weights w + sigma scale n, n standard normal. p_A is the
+    Clopper-Pearson lower bound, at confidence 1 - alpha, on the probability of that class; below 1/2 the procedure abstains.
+    The class is chosen from a tenth of the samples and the bound from the others, which are independent of them.
+    The same draws serve all images: each certificate holds at 1 - alpha by itself, not all of them together.
+
+    Parameters
+    ----------
+    images : (N, C, H, W)
+    sigma : deviation of the noise in units of `scale`
+    samples : draws of the weights
+    alpha : failure probability of each certificate
+    scale : "range" measures every tensor's change in units of its range, "absolute" as it is
+    """
+    if not sigma > 0 or not 0 < alpha < 1 or samples < 20:
+        raise ValueError(f"sigma={sigma}, alpha={alpha}, samples={samples}: use sigma above 0, alpha between 0 and 1 and at "
+                         "least 20 samples")
+    if scale not in ("range", "absolute"):
+        raise ValueError(f"unknown scale {scale!r}: use range or absolute")
+    weights = trained(net, biases)
+    scales = {name: _range(w) if scale == "range" else torch.ones_like(w.flatten()[0]) for name, w in weights.items()}
+    first = votes(net, images, weights, scales, sigma, max(10, samples // 10), generator, chunk)
+    top = first.argmax(1)
+    second = votes(net, images, weights, scales, sigma, samples - max(10, samples // 10), generator, chunk)
+    agreed, total = second.gather(1, top[:, None])[:, 0], samples - max(10, samples // 10)
+    low = lower_bound(agreed, total, alpha)
+    sure = low > 0.5
+    radii = torch.where(sure, sigma * torch.special.ndtri(low.clamp(max=1 - 1e-12)), 0.0)
+    return Certificate(torch.where(sure, top, -1), radii, scales, sigma, alpha)
+
+
+@torch.no_grad()
+def votes(net: nn.Module, images: Tensor, weights: Weights, scales: Weights, sigma: float, samples: int,
+          generator: torch.Generator | None = None, chunk: int = 50) -> Tensor:
+    """How often each class is predicted under Gaussian noise of the weights; shape (N, classes)."""
+    counts = None
+    with evaluation_mode(net):
+        classes = net(images[:1]).shape[1]
+        counts = torch.zeros(len(images), classes, dtype=torch.long, device=images.device)
+        for begin in range(0, samples, chunk):
+            draws = [{name: w + sigma * scales[name] * _normal(w, generator) for name, w in weights.items()}
+                     for _ in range(min(chunk, samples - begin))]
+            predicted = predictions(net, images, draws)
+            counts += F.one_hot(predicted.clamp_min(0), classes).mul((predicted >= 0)[..., None]).sum(0)
+    return counts
+
+
+def lower_bound(successes: Tensor, trials: int, alpha: float) -> Tensor:
+    """Clopper-Pearson lower bound, at confidence 1 - alpha, on a probability with so many successes; float64."""
+    from scipy.stats import beta
+
+    k = successes.cpu().numpy()
+    bound = np.where(k > 0, beta.ppf(alpha, np.maximum(k, 1), trials - k + 1), 0.0)
+    return torch.from_numpy(bound).to(successes.device)
+
+
+def attack_certified(net: nn.Module, images: Tensor, certificate: Certificate, fraction: float = 1.0, steps: int = 10,
+                     draws: int = 8, generator: torch.Generator | None = None, biases: bool = True,
+                     chunk: int = 100) -> list[Weights]:
+    """For each certified image, weights within `fraction` of its own radius that work against its smoothed prediction.
+
+    Projected gradient ascent on the smoothed loss, a mean over `draws` of the noise at each step, for all images of a chunk at
+    once. Returns stacked weights (images of the chunk first) chunk by chunk, in the order of the certified images.
+    """
+    start, found = trained(net, biases), []
+    chosen = (certificate.predictions >= 0).nonzero()[:, 0]
+    scales, sigma = certificate.scales, certificate.sigma
+
+    def loss(change: Weights, noise: Weights, image: Tensor, label: Tensor) -> Tensor:
+        moved = {name: start[name] + scales[name] * (change[name] + noise[name]) for name in start}
+        return F.cross_entropy(functional_call(net, moved, (image[None],)), label[None])
+
+    def smoothed(change: Weights, noise: Weights, image: Tensor, label: Tensor) -> Tensor:
+        return vmap(loss, (None, 0, None, None))(change, noise, image, label).mean()
+
+    gradient = vmap(torch.func.grad(smoothed), (0, None, 0, 0))
+    with evaluation_mode(net):
+        for part in chosen.split(chunk):
+            radii = fraction * certificate.radii[part].to(images.dtype)
+            change = {name: w.new_zeros(len(part), *w.shape) for name, w in start.items()}
+            for _ in range(steps):
+                noise = {name: sigma * torch.randn((draws, *w.shape), generator=generator, device=w.device, dtype=w.dtype)
+                         for name, w in start.items()}
+                g = gradient(change, noise, images[part], certificate.predictions[part])
+                change = _project(_each(change, g, 2.5 / steps * radii), radii)
+            found.append({name: start[name] + scales[name] * d for name, d in change.items()})
+    return found
+
+
+def _lengths(values: Weights) -> Tensor:
+    return torch.stack([v.flatten(1).square().sum(1) for v in values.values()]).sum(0).sqrt().clamp_min(1e-30)
+
+
+def _scaled(values: Weights, factors: Tensor) -> Weights:
+    return {name: v * factors.view(-1, *[1] * (v.ndim - 1)) for name, v in values.items()}
+
+
+def _each(change: Weights, gradients: Weights, sizes: Tensor) -> Weights:
+    step = _scaled(gradients, sizes / _lengths(gradients))
+    return {name: change[name] + step[name] for name in change}
+
+
+def _project(change: Weights, radii: Tensor) -> Weights:
+    return _scaled(change, (radii / _lengths(change)).clamp(max=1))

@@ -1,0 +1,277 @@
+"""Changes of weights, searches for the worst one, and certificates, against slow or closed-form oracles."""
+
+import copy
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from scipy.stats import binomtest, norm
+from torch import nn
+from torch.nn import functional as F
+
+from fishlib import nets, tampering
+from fishlib.data import ImageData
+from fishlib.training import evaluate, fit
+
+
+@pytest.fixture(scope="module")
+def data():
+    return ImageData("digits", batch_size=32, limit=400, device="cpu")
+
+
+@pytest.fixture(scope="module")
+def net(data):
+    torch.manual_seed(0)
+    return fit(nets.mlp(data.shape, 10, (16,)), data, epochs=10, lr=2e-2)[0]
+
+
+@pytest.fixture(scope="module")
+def normalised(data):
+    torch.manual_seed(0)
+    return fit(nets.small_cnn(10, data.shape, width=4), data, epochs=2, lr=2e-2)[0]
+
+
+def generator(seed=0):
+    return torch.Generator().manual_seed(seed)
+
+
+@pytest.mark.parametrize("kind", tampering.KINDS)
+def test_the_weights_come_back_also_after_an_exception(net, kind):
+    before, places = copy.deepcopy(net.state_dict()), [p.data_ptr() for p in net.parameters()]
+    state = torch.get_rng_state()
+
+    def fail():
+        with tampering.perturb(net, kind, 1, generator()) as inside:
+            assert inside is net
+            assert any(not torch.equal(value, before[key]) for key, value in net.state_dict().items())
+            raise RuntimeError("inside")
+
+    with pytest.raises(RuntimeError, match="inside"):
+        fail()
+    assert all(torch.equal(value, before[key]) for key, value in net.state_dict().items())
+    assert [p.data_ptr() for p in net.parameters()] == places
+    assert torch.equal(state, torch.get_rng_state())
+
+
+@pytest.mark.parametrize(("kind", "unit"), [
+    ("range_noise", lambda w: w.max() - w.min()), ("norm_noise", lambda w: w.square().mean().sqrt()),
+    ("relative_noise", lambda w: w.abs()), ("gaussian", lambda w: 1.0)])
+def test_noise_has_its_stated_size(net, kind, unit):
+    draws = [tampering.changed(net, kind, 0.1, generator(seed))["1.weight"] for seed in range(100)]
+    w = dict(net.named_parameters())["1.weight"].detach()
+    noise = (torch.stack(draws) - w) / unit(w)
+    assert noise.mean().abs() < 4 * 0.1 / noise.numel() ** 0.5
+    assert noise.std().item() == pytest.approx(0.1, rel=0.02)
+
+
+def test_deletion_takes_its_share_at_random_or_from_the_largest(net):
+    w = dict(net.named_parameters())["1.weight"].detach()
+    random = tampering.changed(net, "deletion", 0.3, generator())["1.weight"]
+    largest = tampering.changed(net, "deletion_of_largest", 0.3)["1.weight"]
+    assert (random == 0).double().mean().item() == pytest.approx(0.3, abs=0.06)
+    assert torch.equal(random[random != 0], w[random != 0])
+    assert (largest == 0).sum() == round(0.3 * w.numel())
+    assert w[largest == 0].abs().min() >= w[largest != 0].abs().max()
+
+
+@pytest.mark.parametrize("biases", [True, False])
+def test_biases_are_left_alone_on_request(net, biases):
+    assert ("1.bias" in tampering.changed(net, "deletion", 0.5, generator(), biases)) is biases
+
+
+@given(st.integers(1, 8), st.lists(st.floats(-5, 5, width=32), min_size=2, max_size=30))
+@settings(max_examples=50, deadline=None)
+def test_rounding_leaves_at_most_half_a_step(bits, values):
+    w = torch.tensor(values)
+    rounded = tampering.quantized(w, bits)
+    step = (w.max() - w.min()) / (2**bits - 1)
+    assert ((rounded - w).abs() <= step / 2 * (1 + 1e-3) + 1e-5).all()
+    assert len(rounded.unique()) <= 2**bits
+
+
+def test_bit_flips_hit_the_stated_share_and_all_bits_alike():
+    w = torch.randn(20_000, generator=generator())
+    code, step = tampering.to_int8(w)
+    after = (tampering.KINDS["bit_flips_int8"](w, 0.05, generator()) / step).round().to(torch.int8)
+    hit = ((code ^ after).long() & 255)[:, None] >> torch.arange(8) & 1
+    assert torch.allclose(hit.double().mean(0), torch.full((8,), 0.05, dtype=torch.float64), atol=4 * (0.05 / 2e4) ** 0.5)
+    after = tampering.KINDS["bit_flips_float32"](w, 0.05, generator()).view(torch.int32)
+    hit = ((w.view(torch.int32) ^ after).long() & 0xFFFFFFFF)[:, None] >> torch.arange(32) & 1
+    assert torch.allclose(hit.double().mean(0), torch.full((32,), 0.05, dtype=torch.float64), atol=5 * (0.05 / 2e4) ** 0.5)
+
+
+def test_no_flips_keep_the_rounded_and_the_full_weights(net):
+    w = dict(net.named_parameters())["1.weight"].detach()
+    step = w.abs().max() / 127
+    assert (tampering.changed(net, "bit_flips_int8", 0, generator())["1.weight"] - w).abs().max() <= step / 2 * 1.001
+    assert torch.equal(tampering.changed(net, "bit_flips_float32", 0, generator())["1.weight"], w)
+
+
+@pytest.mark.parametrize(("kind", "amount"), [("wind", 0.1), ("deletion", 1.5), ("range_noise", -1), ("quantization", 0),
+                                              ("gaussian", float("nan"))])
+def test_a_senseless_change_is_refused(net, kind, amount):
+    with pytest.raises(ValueError, match="use"):
+        tampering.changed(net, kind, amount)
+
+
+def test_all_draws_at_once_predict_as_one_after_the_other(net, data):
+    images, _ = data.split("test")
+    draws = [tampering.changed(net, "range_noise", 0.1, generator(seed)) for seed in range(5)]
+    together = tampering.predictions(net, images, draws)
+    for row, weights in zip(together, draws, strict=True):
+        with tampering.replaced(net, weights):
+            assert (net(images).argmax(1) == row).double().mean() > 0.999  # a tie may round either way
+
+
+def test_the_curve_starts_at_the_accuracy_of_the_network_and_falls(net, data):
+    table = tampering.curve(net, data, "range_noise", [0.0, 0.05, 0.5], repeats=4)
+    assert table.accuracy[0] == pytest.approx(evaluate(net, data, "test").accuracy)
+    assert table.deviation[0] == 0
+    assert table.accuracy.is_monotonic_decreasing
+    assert (table.low <= table.accuracy).all()
+    again = tampering.curve(net, data, "range_noise", [0.0, 0.05, 0.5], repeats=4)
+    assert table.equals(again)
+
+
+def test_outputs_that_are_not_numbers_count_as_wrong(net, data):
+    broken = {name: torch.full_like(p, float("nan")) for name, p in net.named_parameters()}
+    assert tampering.accuracies(net, data, [broken]) == [0.0]
+
+
+def test_statistics_are_taken_anew_for_the_changed_weights_only(normalised, data):
+    before = copy.deepcopy(normalised.state_dict())
+    weights = tampering.changed(normalised, "range_noise", 0.2, generator(), biases=False)
+    buffers = tampering.reestimated(normalised, data, weights, batches=3)
+    assert all(torch.equal(value, before[key]) for key, value in normalised.state_dict().items())
+    slow = copy.deepcopy(normalised)
+    slow.load_state_dict(before | weights)
+    for module in slow.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.reset_running_stats()
+            module.momentum = None
+            module.train()
+    for _, (images, _) in zip(range(3), data.batches("train", shuffle=False), strict=False):
+        slow(images)
+    expected = dict(slow.named_buffers())
+    for name, value in buffers.items():
+        if "running" in name:
+            torch.testing.assert_close(value, expected[name])
+
+
+def test_each_flip_changes_one_bit_and_the_search_beats_chance(net, data):
+    images, labels = data.split("validation")
+    history = tampering.flip_bits(net, images, labels, 5)
+    codes = {name: tampering.to_int8(w) for name, w in tampering.trained(net, biases=False).items()}
+    before = {name: code.clone() for name, (code, _) in codes.items()}
+    for name, index, bit, weights in history:
+        after = {key: (w / codes[key][1]).round().to(torch.int8) for key, w in weights.items()}
+        different = {key: (after[key] ^ before[key]).long() & 255 for key in after}
+        assert sum(int((d != 0).sum()) for d in different.values()) == 1
+        assert different[name].flatten()[index] == 1 << bit
+        before = after
+    searched = tampering.accuracies(net, data, [history[-1][3]], "validation")[0]
+    bits = 8 * sum(code.numel() for code, _ in codes.values())
+    random = [tampering.changed(net, "bit_flips_int8", 5 / bits, generator(seed), biases=False) for seed in range(10)]
+    assert searched < min(tampering.accuracies(net, data, random, "validation"))
+
+
+def test_the_first_flip_is_the_best_of_the_candidates_of_each_tensor(net, data):
+    images, labels = data.split("validation")
+    (name, index, bit, _), = tampering.flip_bits(net, images, labels, 1)
+    losses = []
+    rounded = {key: code.float() * step for key, (code, step) in
+               ((key, tampering.to_int8(w)) for key, w in tampering.trained(net, biases=False).items())}
+    for key, w in rounded.items():
+        leaf = w.clone().requires_grad_()
+        gradient, = torch.autograd.grad(tampering._loss(net, rounded | {key: leaf}, images, labels), [leaf])
+        code, step = tampering.to_int8(dict(net.named_parameters())[key].detach())
+        best = max(((gradient.flatten()[i] * (flipped.flatten()[i].float() - code.flatten()[i].float()) * step).item(), i, b)
+                   for b in range(8)
+                   for flipped in [code ^ torch.tensor(1 << b).to(torch.int8)] for i in range(code.numel()))
+        tried = code.flatten().clone()
+        tried[best[1]] ^= torch.tensor(1 << best[2]).to(torch.int8)
+        loss = tampering._loss(net, rounded | {key: tried.view(code.shape).float() * step}, images, labels)
+        losses.append((loss.item(), key, best[1], best[2]))
+    assert max(losses)[1:] == (name, index, bit)
+
+
+@pytest.mark.parametrize("norm_name", ["l2", "linf"])
+def test_the_adversary_stays_within_its_budget_and_beats_noise_of_the_same_size(net, data, norm_name):
+    images, labels = data.split("validation")
+    radius = 0.1 if norm_name == "l2" else 0.02
+    start, found = tampering.trained(net), tampering.adversary(net, images, labels, radius, norm_name)
+    change = {key: found[key] - start[key] for key in start}
+    length = sum(d.square().sum() for d in change.values()).sqrt()
+    if norm_name == "l2":
+        assert length <= radius * sum(w.square().sum() for w in start.values()).sqrt() * 1.0001
+    else:
+        assert all(d.abs().max() <= radius * (start[key].max() - start[key].min()) * 1.0001 for key, d in change.items())
+    noise = {key: torch.randn(w.shape, generator=generator()) for key, w in start.items()}
+    scale = length / sum(n.square().sum() for n in noise.values()).sqrt()
+    at_random = tampering._loss(net, {key: start[key] + scale * noise[key] for key in start}, images, labels)
+    assert tampering._loss(net, found, images, labels) > 2 * at_random
+
+
+@given(st.integers(1, 500), st.data())
+@settings(max_examples=50, deadline=None)
+def test_the_bound_is_the_exact_binomial_one(trials, data):
+    successes = data.draw(st.integers(0, trials))
+    expected = binomtest(successes, trials, alternative="greater").proportion_ci(0.99, "exact").low
+    assert tampering.lower_bound(torch.tensor([successes]), trials, 0.01).item() == pytest.approx(expected, abs=1e-9)
+
+
+def test_the_certificate_of_a_linear_unit_stays_below_its_known_distance():
+    net = nn.Sequential(nn.Flatten(), nn.Linear(2, 2, bias=False)).double()
+    with torch.no_grad():
+        net[1].weight.copy_(torch.tensor([[1.0, 0.0], [0.0, 0.0]]))
+    images = torch.tensor([[[[2.0, 0.0]]], [[[0.0, 3.0]]]], dtype=torch.float64)
+    certificate = tampering.certify(net, images, 0.5, 4000, 0.001, "absolute", generator=generator())
+    # Both rows get noise, so the margin w.x is 2 with noise of deviation sigma |x| sqrt 2: radius 1 / sqrt 2.
+    true = 0.5 * norm.ppf(norm.cdf(1 / (0.5 * 2**0.5)))
+    assert certificate.predictions.tolist() == [0, -1]
+    assert 0.9 * true < certificate.radii[0] < true
+    assert certificate.abstained == 1
+    table = certificate.accuracy(torch.tensor([0, 1]), [0.0, 0.1, 5.0])
+    assert table.accuracy.tolist() == [0.5, 0.5, 0.0]
+
+
+def test_attacks_stay_within_each_radius_and_change_no_certified_prediction(net, data):
+    images, _ = data.split("validation")
+    certificate = tampering.certify(net, images, 0.05, 400, 0.001, generator=generator())
+    found = tampering.attack_certified(net, images, certificate, steps=5, draws=4, generator=generator())
+    start, sure = tampering.trained(net), (certificate.predictions >= 0).nonzero()[:, 0]
+    violations, raised = 0, 0
+    for i, weights in enumerate({key: w[i] for key, w in part.items()} for part in found for i in range(len(part["1.bias"]))):
+        image, label = images[sure[i]][None], certificate.predictions[sure[i]][None]
+        length = sum(((weights[key] - w) / certificate.scales[key]).square().sum() for key, w in start.items()).sqrt()
+        assert length <= certificate.radii[sure[i]] * 1.001
+        raised += tampering._loss(net, weights, image, label) > tampering._loss(net, start, image, label)
+        counts = tampering.votes(net, image, weights, certificate.scales, 0.05, 200, generator())
+        violations += counts.argmax(1).item() != label.item()
+    assert i + 1 == len(sure) > 20
+    assert raised > 0.95 * len(sure)
+    assert violations == 0
+
+
+@pytest.mark.parametrize("wrong", [{"sigma": 0}, {"alpha": 1}, {"samples": 3}, {"scale": "mile"}])
+def test_a_certificate_with_senseless_numbers_is_refused(net, data, wrong):
+    with pytest.raises(ValueError, match="use"):
+        tampering.certify(net, data.split("validation")[0][:2], **({"sigma": 0.1} | wrong))
+
+
+def test_an_unknown_norm_is_refused(net, data):
+    with pytest.raises(ValueError, match="use l2 or linf"):
+        tampering.adversary(net, *data.split("validation"), 0.1, "l7")
+
+
+def test_losses_of_the_search_are_those_of_evaluation_mode(normalised, data):
+    images, labels = data.split("validation")
+    normalised.train()
+    try:
+        tampering.adversary(normalised, images, labels, 0.01, steps=2)
+        tampering.flip_bits(normalised, images, labels, 1)
+        assert all(module.training for module in normalised.modules())
+    finally:
+        normalised.eval()
+    assert F.cross_entropy(normalised(images), labels).isfinite()
