@@ -728,10 +728,11 @@ SMALLEST = 2.0**-14
 
 
 def _best_layout(places: np.ndarray, alive: np.ndarray | None) -> int:
-    """Lines are rows or columns (bit 0), neighbours counted (bits 1-2), prior (bits 3-7): the cheapest, greedily."""
-    best = min((flip | near << 1 | 7 << 3 for flip in (0, 1) for near in (0, 1, 2)),
+    """The cheapest way, greedily: bit 0, lines are columns; bits 1-2, neighbours counted; bit 3, removed units of the layer
+    before are heeded; bits 4-7, the prior."""
+    best = min((flip | near << 1 | heed << 3 | 7 << 4 for flip, heed in ((0, 0), (0, 1), (1, 0)) for near in (0, 1, 2)),
                key=lambda layout: _cost(places, layout, alive))
-    return min((best & 7 | prior << 3 for prior in range(2, 14)), key=lambda layout: _cost(places, layout, alive))
+    return min((best & 15 | prior << 4 for prior in range(2, 14)), key=lambda layout: _cost(places, layout, alive))
 
 
 def _cost(places: np.ndarray, layout: int, alive: np.ndarray | None) -> float:
@@ -746,8 +747,8 @@ def _cost(places: np.ndarray, layout: int, alive: np.ndarray | None) -> float:
 
 def _prior(columns: int, layout: int, alive: np.ndarray | None) -> np.ndarray:
     """A prior for each column; low where the layer before has removed the unit that a column reads."""
-    prior = np.full(columns, 1 << (layout >> 3), dtype=np.int64)
-    if not layout & 1 and alive is not None and columns % len(alive) == 0:
+    prior = np.full(columns, 1 << (layout >> 4), dtype=np.int64)
+    if layout >> 3 & 1 and not layout & 1 and alive is not None and columns % len(alive) == 0:
         prior = np.where(np.repeat(alive, columns // len(alive)), 8 * prior, 1)
     return prior
 

@@ -326,6 +326,12 @@ def _attach(module: nn.Module, mask: Tensor, straight: bool = False) -> Mask:
     return attached
 
 
+def hold_zeros(net: nn.Module) -> nn.Module:
+    """A copy whose weights that are zero stay zero in further training; quantisers become values."""
+    net = plain(net)
+    return apply(net, {name: w != 0 for name, w in values(net).items()})
+
+
 def prune(net: nn.Module, scores: Mapping[str, Tensor], sparsity: float, scope: str = "global",
           allow_empty: bool = False) -> nn.Module:
     """A pruned copy of `net`: `select` and `apply` in one call. Its masks hold through further training."""
@@ -381,10 +387,10 @@ def without_dead_ends(net: nn.Module, shape: tuple[int, int, int]) -> nn.Module:
 # -- during training --------------------------------------------------------------------------------------------------
 
 class Pruning(L.Callback):
-    """Remove weights while a network trains: the share removed grows as s_T - s_T (1 - t)^3, t from 0 to 1.
+    """Remove weights while a network trains: the share removed is s_T - (s_T - s_0) (1 - t)^3, t from 0 to 1.
 
-    The schedule is that of Zhu and Gupta (arXiv:1710.01878): fast while there is much to remove, slow near the end. Use
-    as ``fit(net, data, callbacks=[Pruning(0.95)])``; the masks stay attached to the network that `fit` returns.
+    The schedule is that of Zhu and Gupta (arXiv:1710.01878): fast while there is much to remove, slow near the end; s_0 is
+    the share that is masked already. Use as ``fit(net, data, callbacks=[Pruning(0.95)])``; the masks stay attached to the network that `fit` returns.
 
     Parameters
     ----------
@@ -414,6 +420,11 @@ class Pruning(L.Callback):
         for layer in prunable(own_classes(module.net)).values():
             kept = layer.weight.detach() != 0 if _attached(layer) else torch.ones_like(layer.weight, dtype=torch.bool)
             _attach(layer, kept, self.regrow)
+        kept = torch.cat([mask.flatten() for mask in masks(module.net).values()])
+        self.initial = 1 - kept.float().mean().item()
+        if self.initial > self.sparsity:
+            raise ValueError(f"sparsity={self.sparsity}: the network has lost {self.initial:.4f} of its weights already; ask "
+                             "for more")
 
     def on_fit_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
         total = trainer.estimated_stepping_batches
@@ -425,7 +436,7 @@ class Pruning(L.Callback):
         if trainer.global_step not in self.steps:
             return
         progress = (trainer.global_step - self.first) / (self.last - self.first)
-        share = self.sparsity * (1 - (1 - progress) ** 3)
+        share = self.sparsity - (self.sparsity - self.initial) * (1 - progress) ** 3
         layers = prunable(module.net)
         for name, mask in select(self._scores(trainer, module.net), share, self.scope, self.allow_empty).items():
             _attach(layers[name], mask, self.regrow and progress < 1)

@@ -259,6 +259,16 @@ def test_the_share_removed_follows_the_cubic_schedule(net, data):
         assert share == pytest.approx(0.9 * (1 - (1 - progress) ** 3), abs=2e-3)
 
 
+def test_pruning_goes_on_from_what_is_removed_already(net, data):
+    half = weights.hold_zeros(weights.plain(weights.prune(net, weights.score(net, data, "magnitude"), 0.5)))
+    watch = Watch()
+    more, _ = fit(half, data, epochs=2, callbacks=[weights.Pruning(0.8), watch])
+    assert watch.shares[0] == pytest.approx(0.5, abs=1e-3)
+    assert weights.sparsity(more) == pytest.approx(0.8, abs=1e-3)
+    with pytest.raises(ValueError, match="already"):
+        fit(more, data, epochs=1, callbacks=[weights.Pruning(0.6)])
+
+
 def test_removed_weights_come_back_only_with_regrowth(net, data):
     for regrow in (False, True):
         watch = Watch()
