@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import shlex
+import shutil
 import sys
 import tempfile
 import time
@@ -45,12 +46,11 @@ class Display:
 
     def line(self, text: str, **style: Any) -> None:
         self.status("")
-        click.secho(text, **style)
+        click.echo(click.style(text, **style) if style else text)
 
     def status(self, text: str) -> None:
         if self.live:
-            width = os.get_terminal_size().columns if sys.stdout.isatty() else 80
-            click.echo(f"\r\x1b[2K{text[: width - 1]}", nl=False)
+            click.echo(f"\r\x1b[2K{text[: shutil.get_terminal_size().columns - 1]}", nl=False)
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})

@@ -222,6 +222,22 @@ def test_new_stored_records_make_the_books_runs_stale_but_not_those_of_sweeps(tm
             assert run.finished(planned) != stale
 
 
+def test_the_site_is_not_rendered_from_runs_of_another_state(chapter, build, monkeypatch):
+    from fishlib.rerun import render
+
+    source = chapter()
+    monkeypatch.setattr(chapters, "CHAPTERS", source.parent)
+    monkeypatch.setattr(render, "render", lambda executed, out: build / "html")
+    planned = run.plan(chapters.load(source))
+    planned.folder.mkdir(parents=True)
+    for identity, status in ((planned.identity, 0), ("0" * 16, 1)):
+        planned.results.write_text(json.dumps({"chapter": "10_small", "parameters": planned.parameters,
+                                               "provenance": {"identity": identity}}))
+        result = fishlib("render")
+        assert result.exit_code == status, result.output
+    assert "fishlib run 10_small" in result.output
+
+
 def test_a_run_beyond_its_time_is_ended(tmp_path, chapter):
     result = fishlib("run", chapter("import time; time.sleep(600)"), "--out", tmp_path / "out", "--timeout", 2)
     assert result.exit_code == 1
