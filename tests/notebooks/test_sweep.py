@@ -261,11 +261,14 @@ def test_workers_joined_over_tcp_do_a_sweep_and_a_killed_workers_run_is_done_aga
     assert len(lines(diary / "begun")) == 5
 
 
-def test_a_local_cluster_starts_and_stops_by_itself_and_a_failing_run_stops_no_other(tmp_path, chapter, command):
+def test_a_local_cluster_starts_and_stops_by_itself_and_a_failing_run_stops_no_other(tmp_path, chapter, command,
+                                                                                     monkeypatch):
     pytest.importorskip("distributed")
-    source = chapter("assert seed != 1, 'seed one'", "import os; record('threads', int(os.environ['OMP_NUM_THREADS']))")
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "6,7")
+    source = chapter("assert seed != 1, 'seed one'", "import os; record('threads', int(os.environ['OMP_NUM_THREADS']))",
+                     "record('device', os.environ['CUDA_VISIBLE_DEVICES'])")
     out = tmp_path / "out"
-    words = ["sweep", source, "-g", "seed=0..2", "--workers", 2, "--out", out]
+    words = ["sweep", source, "-g", "seed=0..2", "--workers", 2, "--device-per-run", "--retries", 1, "--out", out]
     process = command(*words)
     output, _ = process.communicate(timeout=120)
     assert process.returncode == 1, output
@@ -276,6 +279,7 @@ def test_a_local_cluster_starts_and_stops_by_itself_and_a_failing_run_stops_no_o
     assert f"failed: seed=1  {folders[1]}" in output
     assert not (folders[1] / "results.json").exists()
     assert load(folders[0])["records"]["threads"] >= 1
+    assert load(folders[0])["records"]["device"] in ("6", "7")
 
 
 def test_an_interrupted_sweep_ends_its_workers_and_goes_on_where_it_stopped(tmp_path, chapter, command):
