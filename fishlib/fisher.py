@@ -29,7 +29,7 @@ from fishlib.per_sample import Checks, asking, logits, record, reduced, sample_b
 
 KINDS = ("exact", "sampled", "empirical")
 NOT_FINITE = "the network's outputs hold NaN or infinite values: look at its weights and at the images"
-COLUMN_ELEMENTS = 1 << 26  # elements of output gradients held at a time when several columns share a forward pass
+COLUMN_ELEMENTS = 1 << 27  # elements of output gradients held at a time when several columns share a forward pass
 
 
 # Likelihoods -----------------------------------------------------------------------------------------------------------

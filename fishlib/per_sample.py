@@ -18,6 +18,8 @@ from torch.func import functional_call
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
+BATCHNORM = ("BatchNorm in training mode ({}): its outputs depend on the whole batch, so no sample has a gradient of its own; "
+             "call net.eval() first, and keep its running statistics")
 CHUNK = 1 << 20  # elements of per-sample gradients held at a time: what a cache holds runs faster than a whole batch
 
 
@@ -284,6 +286,10 @@ class Checks(TorchFunctionMode):
     def __init__(self, net: nn.Module):
         super().__init__()
         self.names = {id(p): name for name, p in net.named_parameters()}
+        for name, module in net.named_modules():
+            # Before the forward pass: a BatchNorm counts its batches ahead of any function that could be refused.
+            if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.training:
+                raise ValueError(BATCHNORM.format(name or "the network"))
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         self.refuse(func, args, kwargs or {})
@@ -293,8 +299,7 @@ class Checks(TorchFunctionMode):
         if func is F.batch_norm and (args[5] if len(args) > 5 else kwargs.get("training", False)):
             weight = args[3] if len(args) > 3 else kwargs.get("weight")
             layer = self.names.get(id(weight), "").rpartition(".")[0] or "without a name"
-            raise ValueError(f"BatchNorm in training mode ({layer}): its outputs depend on the whole batch, so no sample "
-                             "has a gradient of its own; call net.eval() first, and keep its running statistics")
+            raise ValueError(BATCHNORM.format(layer))
         if func in DROPOUTS:
             rate = args[1] if len(args) > 1 else kwargs.get("p", 0.5)
             if rate and (args[2] if len(args) > 2 else kwargs.get("training", True)):
@@ -516,6 +521,7 @@ def _vmap_follows(net: nn.Module, images: Tensor, columns: Tensor, wanted: dict[
                for name in wanted)
 
 
+@torch.no_grad()
 def _vmapped(net: nn.Module, images: Tensor, columns: Tensor, wanted: dict[str, Tensor]) -> dict[str, Tensor]:
     """{name: (n, K, *shape)} per-sample gradients of the columns' products with the outputs."""
     detached = {name: p.detach() for name, p in wanted.items()}
