@@ -209,11 +209,17 @@ Batches = Iterable[tuple[Tensor, Tensor]] | tuple[Tensor, Tensor] | Tensor
 
 
 def stream(batches: Batches) -> Iterator[tuple[Tensor, Tensor | None]]:
-    """(images, labels) batches from an iterable of them, from one such pair, or from images alone (labels None)."""
+    """(images, labels) batches from an iterable of them, from one such pair, or from images alone (labels None).
+
+    A tuple of two tensors is a pair; a list of two, as loaders give, is one where their numbers of dimensions differ, and else
+    two batches of images.
+    """
     if isinstance(batches, Tensor):
         batches = [(batches, None)]
     elif isinstance(batches, (tuple, list)) and len(batches) == 2 and all(isinstance(t, Tensor | None) for t in batches):
-        batches = [batches]
+        first, second = batches
+        if isinstance(batches, tuple) or second is None or first.ndim != second.ndim:
+            batches = [batches]
     for batch in batches:
         if isinstance(batch, Tensor):
             batch = (batch, None)

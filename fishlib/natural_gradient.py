@@ -198,8 +198,9 @@ class NaturalGradient(torch.optim.Optimizer):
     Trains like any optimizer: ``loss.backward(); optimizer.step()`` with a loss averaged over the batch. Hooks on the network
     see each forward pass in training; on every `every`-th one, labels are drawn from the prediction and one more backward pass
     updates the moving averages of the factors (sampled Fisher information, mean over images). Linear and Conv2d modules
-    used once a pass get blocks; every other parameter the diagonal, from the squared batch gradient of the
-    drawn labels over the batch size. A step is shortened where 1/2 lr^2 d^T F d, the KL it would cause, exceeds `max_kl`.
+    used once a pass get blocks; every other parameter the diagonal, from the squared batch gradient of the drawn labels over
+    the batch size. A step is shortened where 1/2 (lr / (1 - momentum))^2 d^T F d, about the KL it would cause with its
+    momentum, exceeds `max_kl`.
 
     The hooks hold no reference to the optimizer: they vanish with it, at `remove()`, and in copies and files of the network.
 
@@ -318,7 +319,7 @@ class NaturalGradient(torch.optim.Optimizer):
             return 1.0
         # d^T (F + damping I) d = d^T grad bounds d^T F d
         square = float(sum((directions[id(p)] * p.grad).sum() for p in parameters))
-        change = 0.5 * group["lr"] ** 2 * square
+        change = 0.5 * (group["lr"] / (1 - group["momentum"])) ** 2 * square  # momentum adds up this many steps
         return min(1.0, (group["max_kl"] / change) ** 0.5) if change > 0 else 1.0
 
 

@@ -224,6 +224,8 @@ def test_batches_of_any_size_give_the_same_mean():
     parts = zip(images.split(4), labels.split(4), strict=True)
     assert relative_error(fisher.diagonal(net, parts), whole) < 1e-12
     assert relative_error(fisher.diagonal(net, images), whole) < 1e-12
+    assert relative_error(fisher.diagonal(net, [images, labels]), whole) < 1e-12
+    assert relative_error(fisher.diagonal(net, [images[:5], images[5:]]), whole) < 1e-12
 
 
 def test_columns_that_do_not_fit_together_are_done_in_parts(monkeypatch):
@@ -596,7 +598,11 @@ def test_natural_gradient_trains_convolutions_with_batchnorm_and_shared_layers()
     images = torch.randn(40, 1, 5, 5)
     labels = (images.mean((1, 2, 3)) > 0).long()
     start = float(F.cross_entropy(net(images), labels))
-    assert train(net, images, labels, fisher.NaturalGradient(net, lr=0.05, every=2), 40) < 0.5 * start
+    optimizer = fisher.NaturalGradient(net, lr=0.05, every=2, generator=torch.Generator().manual_seed(0))
+    train(net, images, labels, optimizer, 40)
+    assert float(F.cross_entropy(net(images), labels)) < start
+    assert id(shared.weight) not in optimizer.blocks
+    assert id(shared.weight) in optimizer.squares
 
 
 def test_hooks_of_the_optimizer_are_empty_in_copies_and_vanish_with_it():
