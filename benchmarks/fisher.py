@@ -1,6 +1,6 @@
 """Time and memory of the Fisher diagonal beside a plain training step and other libraries.
 
-    python benchmarks/fisher.py [--threads 1 2] [--repeats 9] [--nets mlp lenet resnet] [--own] [--output FILE]
+    python benchmarks/fisher.py [--threads 1 2] [--repeats 9] [--nets mlp lenet resnet] [--peers NAMES] [--output FILE]
 
 Every method of one network takes its turn in every round; a ratio is the median over rounds of a method's time over that of the
 plain forward + backward in the same round. Wall-clock ratios come with those of the process's CPU time, which other
@@ -131,7 +131,7 @@ def opacus(net: nn.Module, x: Tensor, y: Tensor, kind: str) -> Callable[[], Tens
 
     if kind == "exact":
         raise NotImplementedError("offers per-sample gradients of one label")
-    module = GradSampleModule(deepcopy(net).eval(), loss_reduction="sum", strict=False)
+    module = GradSampleModule(deepcopy(net).train(), loss_reduction="sum")  # its hooks work in training mode only
 
     def run() -> Tensor:
         labels = y if kind == "empirical" else sampled_labels(module, x)
@@ -193,28 +193,23 @@ def peak_bytes(run: Callable) -> int:
     return peak
 
 
-def weight_gradient_share(net: nn.Module, x: Tensor) -> float:
-    """MACs of the weight gradients over those of forward + backward: each of the three passes counts once, but no gradient
-    reaches the images."""
-    macs: list[int] = []
+def floors(net: nn.Module, x: Tensor) -> dict[str, float]:
+    """Least ratio by multiply-adds: per-sample weight gradients cost what the batch's do. The nine columns of exact each cost an
+    activation gradient and, for a convolution, a weight gradient; a linear layer squares their sum once."""
+    layers: list[tuple[nn.Module, int]] = []
 
     def count(module, inputs, output):
-        macs.append(output.numel() * module.weight[0].numel())
+        layers.append((module, output.numel() * module.weight[0].numel()))
 
     handles = [m.register_forward_hook(count) for m in net.modules() if isinstance(m, (nn.Linear, nn.Conv2d))]
     with torch.no_grad():
         net(x[:1])
     for handle in handles:
         handle.remove()
-    return sum(macs) / (3 * sum(macs) - macs[0])
-
-
-def floors(net: nn.Module, x: Tensor) -> dict[str, float]:
-    """Least ratio by operations: per-sample weight gradients cost what the batch's do, and exact has nine columns."""
-    share = weight_gradient_share(net, x)
-    linear = not any(isinstance(m, nn.Conv2d) for m in net.modules())
-    rest = 1 - 2 * share  # gradients of activations; forward and weight gradients have a share each
-    return {"empirical": 1.0, "sampled": 1.0, "exact": share * (2 if linear else 10) + 9 * rest}
+    forward = sum(macs for _, macs in layers)
+    activations = forward - layers[0][1]  # no gradient reaches the images
+    weights = sum(macs * (9 if isinstance(module, nn.Conv2d) else 1) for module, macs in layers)
+    return {"empirical": 1.0, "sampled": 1.0, "exact": (forward + 9 * activations + weights) / (2 * forward + activations)}
 
 
 def measure(name: str, device: torch.device, repeats: int, peers: dict[str, Callable]) -> Iterator[dict]:
@@ -237,7 +232,8 @@ def measure(name: str, device: torch.device, repeats: int, peers: dict[str, Call
                 agreement[peer, kind] = error_of(run().detach(), expected, kind)
                 methods[peer, kind], spent[peer, kind] = run, time.perf_counter() - start
             except TRANSIENT as error:
-                errors[peer, kind] = f"{type(error).__name__}: {str(error).strip().splitlines()[0][:90] if str(error) else ''}"
+                message = (str(error).strip().splitlines() or [""])[0]
+                errors[peer, kind] = f"{type(error).__name__}: {message[:90]}"
     times: dict[tuple[str, str], list[tuple[float, float]]] = {key: [] for key in methods}
     references: dict[tuple[str, str], list[tuple[float, float]]] = {key: [] for key in methods}
     for _ in range(repeats):
@@ -286,16 +282,17 @@ def main() -> None:
     parser.add_argument("--threads", type=int, nargs="+", default=[1, 2])
     parser.add_argument("--repeats", type=int, default=9)
     parser.add_argument("--nets", nargs="+", choices=NETS, default=list(NETS))
-    parser.add_argument("--own", action="store_true", help="leave the peers out")
+    parser.add_argument("--peers", nargs="*", choices=PEERS, default=list(PEERS), help="by default all")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--output", type=Path, help="write the table to this JSON file")
     arguments = parser.parse_args()
     warnings.filterwarnings("ignore")
+    peers = {name: PEERS[name] for name in arguments.peers}
     rows = []
     for threads in arguments.threads:
         torch.set_num_threads(threads)
-        for name in arguments.nets:
-            for row in measure(name, torch.device(arguments.device), arguments.repeats, {} if arguments.own else PEERS):
+        for net in arguments.nets:
+            for row in measure(net, torch.device(arguments.device), arguments.repeats, peers):
                 rows.append({key: round(value, 4 if value > 1e-3 else 10) if isinstance(value, float) and math.isfinite(value)
                              else value for key, value in row.items()})
                 show(row)
