@@ -300,8 +300,13 @@ def augment(images: Tensor, kinds: tuple[str, ...], generator: torch.Generator, 
     images : tensor, shape (N, H, W, C)
     kinds : names out of `AUGMENTATIONS`
     generator : source of randomness on the images' device
-    padding : pixels of the crop's shift at most; an eighth of the side by default (4 of 32). Cutout's square has half the
-        side (16 of 32) and is centred anywhere, so that it may hang over the edge [DeVries and Taylor 2017].
+    padding : int, optional
+        pixels of the crop's shift at most; an eighth of the side by default (4 of 32)
+
+    Notes
+    -----
+    Cutout's square has half the side (16 of 32) and is centred anywhere, so that it may hang over the edge [DeVries and
+    Taylor 2017].
     """
     n, height, width, _ = images.shape
     device = images.device
