@@ -406,3 +406,26 @@ def test_a_failed_write_leaves_the_old_file(stored, monkeypatch):
         codec.compress(net, path)
     assert path.read_bytes() == content
     assert sorted(p.name for p in path.parent.iterdir()) == ["changed.fish", "net.fish"]
+
+
+def test_clusters_may_be_weighted_by_adams_second_moment(net, data):
+    weighed, _ = fit(net, data, epochs=3, callbacks=[codec.SharedWeights(2, importance="fisher")])
+    alike, _ = fit(net, data, epochs=3, callbacks=[codec.SharedWeights(2)])
+    assert all(len(w[w != 0].unique()) <= 4 for w in weights.values(weighed).values())
+    assert not torch.equal(weights.values(weighed)["1.weight"], weights.values(alike)["1.weight"])
+
+
+def test_an_interrupted_compression_goes_on_to_the_same_network(net, data, tmp_path):
+    class Stop(codec.L.Callback):
+        def on_train_epoch_start(self, trainer, module):
+            if trainer.current_epoch == 3:
+                raise RuntimeError("power failure")
+
+    def callbacks():
+        return [weights.Pruning(0.8, end=0.5), codec.SharedWeights(3, start=0.6)]
+
+    whole, _ = fit(net, data, epochs=4, callbacks=callbacks())
+    with pytest.raises(RuntimeError, match="power"):
+        fit(net, data, epochs=4, callbacks=[*callbacks(), Stop()], checkpoint=tmp_path / "run.ckpt")
+    resumed, _ = fit(net, data, epochs=4, callbacks=callbacks(), checkpoint=tmp_path / "run.ckpt")
+    assert identical(weights.plain(resumed), weights.plain(whole))
