@@ -194,8 +194,8 @@ def peak_bytes(run: Callable) -> int:
 
 
 def floors(net: nn.Module, x: Tensor) -> dict[str, float]:
-    """Least ratio by multiply-adds: per-sample weight gradients cost what the batch's do. The nine columns of exact each cost an
-    activation gradient and, for a convolution, a weight gradient; a linear layer squares their sum once."""
+    """Least ratio by multiply-adds: per-sample weight gradients cost what the batch's do. The nine columns of exact each cost
+    an activation gradient and, for a convolution, a weight gradient; a linear layer takes one for all of them."""
     layers: list[tuple[nn.Module, int]] = []
 
     def count(module, inputs, output):
@@ -299,7 +299,8 @@ def main() -> None:
     if arguments.output:
         cpu = next((line.partition(":")[2].strip() for line in Path("/proc/cpuinfo").read_text().splitlines()
                     if line.startswith("model name")), platform.processor())
-        record = {"torch": torch.__version__, "cpu": cpu, "cores": os.cpu_count(), "device": arguments.device, "rows": rows}
+        record = {"torch": torch.__version__, "cpu": cpu, "cores": os.cpu_count(),
+                  "load": os.getloadavg()[0], "device": arguments.device, "rows": rows}
         partial = arguments.output.with_suffix(".part")
         partial.write_text(json.dumps(record, indent=1) + "\n")
         os.replace(partial, arguments.output)
