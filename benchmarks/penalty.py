@@ -122,7 +122,8 @@ def measure(network: str, repeats: int, device: str) -> pd.DataFrame:
         steps(1)
     for _ in range(repeats):
         for name, steps in runs.items():
-            times[name].append(seconds(steps, 8))
+            whole_cycle = network == "mlp" or (steps.term and steps.term.every > 1)
+            times[name].append(seconds(steps, 8 if whole_cycle else 1))
     table = pd.DataFrame({"network": network, "penalty": list(VARIANTS),
                           "milliseconds": [1e3 * statistics.median(t) for t in times.values()],
                           "memory_mib": list(memory.values())})
@@ -134,20 +135,22 @@ def measure(network: str, repeats: int, device: str) -> pd.DataFrame:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--repeats", type=int, default=7, help="interleaved repeats of eight steps each")
+    parser.add_argument("--repeats", type=int, default=7, help="interleaved repeats")
+    parser.add_argument("--networks", nargs="+", default=list(NETWORKS), choices=list(NETWORKS))
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", choices=("cpu", "cuda"))
     parser.add_argument("--out", type=Path, help="file for the numbers")
     arguments = parser.parse_args()
     tables, deviations = [], {}
-    for network in NETWORKS:
+    for network in arguments.networks:
         tables.append(measure(network, arguments.repeats, arguments.device))
         deviations[network] = {share: deviation(network, share, 40, arguments.device) for share in (1.0, 0.25)}
     table = pd.concat(tables, ignore_index=True)
     print(f"{device_name()}, torch {torch.__version__}")
     print(table.round(3).to_string(index=False))
     for name, bars in BARS.items():
-        ratios = table[table.penalty == name].time_ratio.tolist()
-        print(f"{name}: {', '.join(f'{r:.2f} (bar {b})' for r, b in zip(ratios, bars, strict=True))}")
+        for network, bar in zip(NETWORKS, bars, strict=True):
+            for row in table[(table.penalty == name) & (table.network == network)].itertuples():
+                print(f"{name}, {network}: time {row.time_ratio:.2f} (bar {bar}), memory {row.memory_ratio:.2f} (bar 2.5)")
     for network, by_share in deviations.items():
         print(f"{network}, relative deviation of a trace: " + ", ".join(f"share {s}: {d:.3f}" for s, d in by_share.items()))
     if arguments.out:

@@ -13,6 +13,7 @@ A penalty is one of three kinds: a *term* added to the loss (`FisherTrace`, `KLN
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import pytorch_lightning as L
@@ -30,7 +31,10 @@ Threat = Callable[[Tensor], Tensor]
 
 def range_noise(weight: Tensor) -> Tensor:
     """S = (max w - min w)^2 I: Gaussian noise whose deviation is a tensor's range, the unit of relative weight noise."""
-    return (weight.max() - weight.min()).square()
+    flat = weight.flatten()
+    # By index: the backward of max and min compares the whole tensor with them, which costs more than the trace itself.
+    low, high = flat[torch.stack([flat.argmin(), flat.argmax()])]
+    return (high - low).square()
 
 
 def relative_noise(weight: Tensor) -> Tensor:
@@ -502,30 +506,39 @@ class FisherQuantization(Penalty):
                 p -= rates[id(p)] * strength * (mean / mean.max().clamp_min(1e-30) + self.constant) * distance
 
 
-def named(name: str, strength: float, teacher: nn.Module | None = None) -> Penalty | None:
-    """The penalty of a name in `NAMES`, `strength` being its one number (for `sam` rho, for noise and deletion the amount)."""
+NAMES: dict[str, Callable[[float], Penalty | None]] = {
+    "none": lambda strength: None,
+    "l2": L2,
+    "sam": SAM,
+    "weight_noise": NoisyWeights,
+    "weight_deletion": partial(NoisyWeights, threat="deletion"),
+    "gradient_norm": GradientNorm,
+    "distillation": Distillation,
+    "kl_noise": KLNoise,
+    "fisher_trace": FisherTrace,
+    "fisher_relative": partial(FisherTrace, threat="relative_noise"),
+    "fisher_sum": partial(FisherTrace, threat="range_and_relative"),
+    "fisher_isotropic": partial(FisherTrace, threat="isotropic"),
+    "fisher_weighted": FisherWeighted,
+    "fisher_quantization": FisherQuantization,
+}
+
+
+def named(name: str, strength: float, teacher: nn.Module | None = None, biases: bool = True) -> Penalty | None:
+    """The penalty of a name in `NAMES`, `strength` being its one number: rho for `sam`, the amount for noise and deletion.
+
+    Parameters
+    ----------
+    teacher : network that `distillation` follows
+    biases : False leaves tensors of one dimension out, where the penalty knows the choice
+    """
     if name not in NAMES:
         raise ValueError(f"unknown penalty {name!r}: use one of {', '.join(NAMES)}")
     if name == "distillation":
         if teacher is None:
             raise ValueError("distillation needs a teacher: give the network whose outputs are followed")
         return Distillation(strength, teacher)
-    return NAMES[name](strength)
-
-
-NAMES: dict[str, Callable[[float], Penalty | None]] = {
-    "none": lambda strength: None,
-    "l2": L2,
-    "sam": SAM,
-    "weight_noise": NoisyWeights,
-    "weight_deletion": lambda strength: NoisyWeights(strength, "deletion"),
-    "gradient_norm": GradientNorm,
-    "distillation": Distillation,
-    "kl_noise": KLNoise,
-    "fisher_trace": FisherTrace,
-    "fisher_relative": lambda strength: FisherTrace(strength, "relative_noise"),
-    "fisher_sum": lambda strength: FisherTrace(strength, "range_and_relative"),
-    "fisher_isotropic": lambda strength: FisherTrace(strength, "isotropic"),
-    "fisher_weighted": FisherWeighted,
-    "fisher_quantization": FisherQuantization,
-}
+    penalty = NAMES[name](strength)
+    if not biases and hasattr(penalty, "biases"):
+        penalty.biases = False
+    return penalty
