@@ -560,21 +560,24 @@ class _Part:
     def of(cls, name: str, tensor: Tensor, modules: Mapping[str, nn.Module]) -> _Part:
         owner, _, last = name.rpartition(".")
         norm = "Norm" in type(modules.get(owner)).__name__
-        section = "BatchNorm" if norm else "biases" if last == "bias" else "values"
+        if tensor.dtype not in DTYPES or tensor.ndim > 7:
+            raise ValueError(f"{name} is {tensor.dtype} of {tensor.ndim} dimensions: the file holds real numbers of up to 7")
         part = cls(RAW, "BatchNorm" if norm else "uncoded", DTYPES.index(tensor.dtype), tuple(tensor.shape))
         if tensor.dtype != torch.float32 or norm or not tensor.numel():
             return part
         # By bit pattern, so that -0.0 and NaN come back as they were.
         patterns, counts = np.unique(_patterns(tensor), return_counts=True)
-        if len(patterns) > min(MOST_VALUES, tensor.numel() // 2 + 1):
+        with np.errstate(over="ignore"):
+            halves = patterns.view(np.float32).astype(np.float16)
+        half = bool((halves.astype(np.float32).view(np.uint32) == patterns).all())
+        # At most: a codebook, about a byte for each frequency, and an index for each entry.
+        coded = (3 if half else 5) * len(patterns) + tensor.numel() * log2(len(patterns)) / 8
+        if len(patterns) > MOST_VALUES or coded > 4 * tensor.numel():
             return part
-        part.section = section
+        part.half, part.section = half, "biases" if last == "bias" else "values"
         part.kind = SPARSE if tensor.ndim > 1 and counts[patterns == 0].sum() > 0.1 * tensor.numel() else DENSE
         kept = (patterns != 0) | (part.kind == DENSE)
         part.codebook, part.counts = patterns[kept].view(np.float32), counts[kept]
-        with np.errstate(over="ignore"):
-            halves = part.codebook.astype(np.float16)
-        part.half = bool((halves.astype(np.float32).view(np.uint32) == patterns[kept]).all())
         return part
 
     @property

@@ -232,6 +232,14 @@ def test_odd_values_survive_the_file(tmp_path):
     assert identical(codec.load(tmp_path / "net.fish", nn.Linear(20, 20)), net)
 
 
+def test_what_the_file_cannot_hold_is_refused_by_name(tmp_path):
+    net = nn.Linear(2, 2)
+    net.register_buffer("phase", torch.zeros(2, dtype=torch.complex64))
+    with pytest.raises(ValueError, match="phase"):
+        codec.compress(net, tmp_path / "net.fish")
+    assert not list(tmp_path.iterdir())
+
+
 def test_shared_tensors_are_stored_once(tmp_path):
     def make():
         layer = nn.Linear(64, 64)
