@@ -154,6 +154,122 @@ def fit_score(x: Tensor, steps: int = 500, hidden: int = 64, lr: float = 3e-3, b
     return net.eval().requires_grad_(False)
 
 
+# Kullback-Leibler and Jensen-Shannon: how much one density is surprised by samples of another.
+
+
+def kl_gaussian(mean_p: Tensor, var_p: Tensor, mean_q: Tensor, var_q: Tensor) -> Tensor:
+    """KL(p || q) of Gaussians with diagonal covariances, exact, in nats, summed over features [Kullback and Leibler 1951].
+
+    ``1/2 sum_d [ v_p/v_q - 1 - log(v_p/v_q) + (mu_p - mu_q)^2 / v_q ]``; the same for features c x.
+
+    Parameters
+    ----------
+    mean_p, var_p, mean_q, var_q : tensors (..., D) that broadcast; variances are positive
+    """
+    _check_positive(var_p, var_q)
+    ratio = var_p / var_q
+    return 0.5 * (ratio - 1 - ratio.log() + (mean_p - mean_q).square() / var_q).sum(-1)
+
+
+def kl_gaussian_full(mean_p: Tensor, cov_p: Tensor, mean_q: Tensor, cov_q: Tensor) -> Tensor:
+    """KL(p || q) of Gaussians with full covariances, exact, in nats.
+
+    ``1/2 [ tr(S_q^-1 S_p) - D + log det S_q - log det S_p + (mu_p - mu_q)^T S_q^-1 (mu_p - mu_q) ]``
+
+    Parameters
+    ----------
+    mean_p, mean_q : tensors (D,)
+    cov_p, cov_q : tensors (D, D), positive definite
+    """
+    lower_p, lower_q = torch.linalg.cholesky(cov_p), torch.linalg.cholesky(cov_q)
+    whitened = torch.linalg.solve_triangular(lower_q, torch.cat([lower_p, (mean_p - mean_q)[:, None]], 1), upper=False)
+    logdet = 2 * (lower_q.diagonal().log() - lower_p.diagonal().log()).sum()
+    return 0.5 * (whitened.square().sum() - len(mean_p) + logdet)
+
+
+def js_gaussian_full(mean_p: Tensor, cov_p: Tensor, mean_q: Tensor, cov_q: Tensor, samples: int = 10_000,
+                     seed: int = 0) -> Tensor:
+    """Jensen-Shannon divergence of Gaussians with full covariances, in nats, between 0 and log 2, sampled.
+
+    ``1/2 KL(p || m) + 1/2 KL(q || m)``, ``m = (p + q) / 2``. The mixture m is no Gaussian, so there is no closed form:
+    the mean of ``log 2 - softplus(log q - log p)`` over samples of p, and the same with p and q exchanged. Unbiased, with a
+    standard error below ``log 2 / sqrt(samples)``. Diagonal covariances go in as ``torch.diag(var)``.
+    """
+    p, q = (torch.distributions.MultivariateNormal(mean, cov) for mean, cov in ((mean_p, cov_p), (mean_q, cov_q)))
+    generator = torch.Generator().manual_seed(seed)
+    total = torch.zeros_like(mean_p[0])
+    for one, other in ((p, q), (q, p)):
+        x = torch.randn(samples, len(mean_p), generator=generator, dtype=mean_p.dtype).to(mean_p.device)
+        x = one.loc + x @ one.scale_tril.T
+        total = total + 0.5 * (math.log(2) - F.softplus(other.log_prob(x) - one.log_prob(x)).mean())
+    return total
+
+
+def kl_histogram_pairs(counts: Tensor, others: Tensor | None = None, smoothing: float = 0.5) -> Tensor:
+    """KL(p_i || q_j) in nats between all rows of counts, as one product of matrices: ``sum_b p log p - p . log q``.
+
+    `smoothing` is added to each count, so an empty bin costs a finite amount; bins wider than the density's features bias
+    the estimate downwards, few counts bias it upwards by about ``(bins - 1) / 2 (1/N_p + 1/N_q)`` for equal densities.
+
+    Parameters
+    ----------
+    counts : tensor (C, B), on common bins
+    others : tensor (C', B); `counts` itself by default
+
+    Returns
+    -------
+    Tensor (C, C'), float64
+    """
+    p = _probabilities(counts, smoothing)
+    q = p if others is None else _probabilities(others, smoothing)
+    matrix = ((p * p.log()).sum(1, keepdim=True) - p @ q.log().T).clamp_min(0)
+    return matrix.fill_diagonal_(0) if others is None else matrix
+
+
+def js_histogram_pairs(counts: Tensor, others: Tensor | None = None, smoothing: float = 0.5) -> Tensor:
+    """Jensen-Shannon divergence in nats, between 0 and log 2, of all pairs of rows; as `kl_histogram_pairs` otherwise.
+
+    ``H((p + q) / 2) - H(p)/2 - H(q)/2`` with entropies H.
+    """
+    p = _probabilities(counts, smoothing)
+    q = p if others is None else _probabilities(others, smoothing)
+    entropy_p, entropy_q = (-(one * one.log()).sum(1) for one in (p, q))
+    rows = max(1, (1 << 22) // q.numel())  # mixtures of so many rows with all others fit into 32 MiB
+    mixed = torch.cat([torch.special.entr((part[:, None] + q[None]) / 2).sum(2) for part in p.split(rows)])
+    return (mixed - entropy_p[:, None] / 2 - entropy_q[None, :] / 2).clamp(0, math.log(2))
+
+
+def kl_nearest_neighbours(x: Tensor, y: Tensor, k: int = 5) -> Tensor:
+    """KL(p || q) in nats from rows x (N, D) of p and y (M, D) of q, by distances to the k-th neighbour [Wang et al. 2009].
+
+    ``D mean_i log(nu_k(i) / rho_k(i)) + log(M / (N - 1))``, rho the distance within x, nu that to y. Asymptotically
+    unbiased; with few rows and many features it is biased towards 0, and it may be negative.
+
+    Raises
+    ------
+    ValueError
+        fewer than k + 1 rows of x or k of y, or rows that repeat so often that a distance is 0
+    """
+    _check_rows(x, y)
+    if not 1 <= k < len(x) or k > len(y):
+        raise ValueError(f"k={k}: x needs more than k rows and y at least k, got {len(x)} and {len(y)}")
+    exact = {"compute_mode": "donot_use_mm_for_euclid_dist"}
+    within = torch.cdist(x, x, **exact).fill_diagonal_(math.inf).kthvalue(k, 1).values
+    across = torch.cdist(x, y, **exact).kthvalue(k, 1).values
+    if not (within > 0).all() or not (across > 0).all():
+        raise ValueError(f"some rows repeat more than {k} times, at distance 0: raise k, or use histograms for densities with "
+                         "atoms, such as activations behind a ReLU")
+    return x.shape[1] * (across.log() - within.log()).mean() + math.log(len(y) / (len(x) - 1))
+
+
+def _probabilities(counts: Tensor, smoothing: float) -> Tensor:
+    if counts.ndim != 2 or not smoothing > 0 or (counts < 0).any():
+        raise ValueError(f"counts of shape {tuple(counts.shape)} with smoothing {smoothing}: give counts (C, B), none of them "
+                         "negative, and a positive smoothing")
+    counts = counts.double() + smoothing
+    return counts / counts.sum(1, keepdim=True)
+
+
 # Dependence of features on labels, without a model of their density.
 
 

@@ -170,3 +170,88 @@ def test_wrong_input_is_named():
         dv.linear_cka(torch.ones(1, 2), torch.ones(1, 2))
     with pytest.raises(ValueError, match="single row"):
         dv.kde_mutual_information(torch.randn(3, 2, generator=torch.Generator().manual_seed(0)), torch.tensor([0, 0, 1]))
+
+
+# Kullback-Leibler and Jensen-Shannon.
+
+
+def test_kl_of_gaussians_is_that_of_torch():
+    mean, var = gaussians(2, 4)
+    p, q = (MultivariateNormal(mean[i], torch.diag(var[i])) for i in range(2))
+    expected = torch.distributions.kl_divergence(p, q)
+    assert torch.isclose(dv.kl_gaussian(mean[0], var[0], mean[1], var[1]), expected)
+    p, q = (MultivariateNormal(mean[i], covariance(4, i)) for i in range(2))
+    found = dv.kl_gaussian_full(mean[0], covariance(4, 0), mean[1], covariance(4, 1))
+    assert torch.isclose(found, torch.distributions.kl_divergence(p, q))
+    with pytest.raises(ValueError, match="variance"):
+        dv.kl_gaussian(mean[0], var[0], mean[1], 0 * var[1])
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.integers(1, 6), st.integers(0, 100), st.floats(0.2, 5))
+def test_kl_is_free_of_scale_and_never_negative(features, seed, scale):
+    mean, var = gaussians(2, features, seed)
+    one = dv.kl_gaussian(mean[0], var[0], mean[1], var[1])
+    assert one >= 0
+    assert torch.isclose(dv.kl_gaussian(scale * mean[0], scale**2 * var[0], scale * mean[1], scale**2 * var[1]), one)
+
+
+def test_js_of_gaussians_is_the_integral_over_a_grid():
+    x = torch.linspace(-15, 15, 200_001, dtype=torch.float64)
+    zero, two = torch.zeros(1, dtype=torch.float64), torch.full((1,), 2.0, dtype=torch.float64)
+    p, q = (torch.distributions.Normal(m, s).log_prob(x).exp() for m, s in ((0.0, 1.0), (2.0, 1.5)))
+    mixed = (p + q) / 2
+    parts = [torch.special.entr(one).sum() * (x[1] - x[0]) for one in (mixed, p, q)]
+    expected = float(parts[0] - (parts[1] + parts[2]) / 2)
+    found = dv.js_gaussian_full(zero, torch.eye(1).double(), two, 2.25 * torch.eye(1).double(), samples=40_000)
+    assert float(found) == pytest.approx(expected, abs=3 * math.log(2) / 200)
+    far = dv.js_gaussian_full(zero, torch.eye(1).double(), 100 * two, torch.eye(1).double())
+    assert float(far) == pytest.approx(math.log(2))
+
+
+@settings(max_examples=20, deadline=None)
+@given(st.integers(1, 6), st.integers(2, 20), st.integers(0, 100))
+def test_divergences_of_histograms_are_those_of_loops(rows, bins, seed):
+    counts = torch.randint(0, 9, (rows, bins), generator=torch.Generator().manual_seed(seed))
+    kl, js = dv.kl_histogram_pairs(counts), dv.js_histogram_pairs(counts)
+    p = (counts + 0.5) / (counts + 0.5).sum(1, keepdim=True)
+    for i in range(rows):
+        for j in range(rows):
+            m = (p[i] + p[j]) / 2
+            assert float(kl[i, j]) == pytest.approx(float((p[i] * (p[i] / p[j]).log()).sum()), abs=1e-6)
+            expected = ((p[i] * (p[i] / m).log()).sum() + (p[j] * (p[j] / m).log()).sum()) / 2
+            assert float(js[i, j]) == pytest.approx(float(expected), abs=1e-6)
+    torch.testing.assert_close(dv.kl_histogram_pairs(counts, counts), kl, atol=1e-12, rtol=0)
+    torch.testing.assert_close(dv.js_histogram_pairs(counts, counts), js)
+
+
+def test_estimates_of_kl_from_samples_come_near_the_closed_form():
+    g = torch.Generator().manual_seed(0)
+    x, y = torch.randn(4000, 1, generator=g, dtype=torch.float64), torch.randn(4000, 1, generator=g, dtype=torch.float64)
+    y = 1 + 1.5 * y
+    one = torch.ones(1, dtype=torch.float64)
+    expected = float(dv.kl_gaussian(0 * one, one, one, 2.25 * one))
+    assert float(dv.kl_nearest_neighbours(x, y)) == pytest.approx(expected, abs=0.08)
+    counts = torch.stack([torch.histc(rows, 40, -6, 6) for rows in (x, y)])
+    assert float(dv.kl_histogram_pairs(counts)[0, 1]) == pytest.approx(expected, abs=0.05)
+
+
+def test_neighbours_are_those_of_sorted_distances():
+    g = torch.Generator().manual_seed(1)
+    x, y = torch.randn(30, 3, generator=g, dtype=torch.float64), torch.randn(40, 3, generator=g, dtype=torch.float64)
+    total = 0.0
+    for i in range(30):
+        within = sorted(float((x[i] - x[j]).norm()) for j in range(30) if j != i)[1]
+        across = sorted(float((x[i] - row).norm()) for row in y)[1]
+        total += 3 * math.log(across / within) / 30
+    assert float(dv.kl_nearest_neighbours(x, y, k=2)) == pytest.approx(total + math.log(40 / 29))
+
+
+def test_neighbours_refuse_rows_that_repeat_and_too_few_rows():
+    x = torch.zeros(20, 1)
+    with pytest.raises(ValueError, match="repeat"):
+        dv.kl_nearest_neighbours(x, x + 1)
+    with pytest.raises(ValueError, match="more than k rows"):
+        dv.kl_nearest_neighbours(torch.randn(5, 1), torch.randn(9, 1))
+    with pytest.raises(ValueError, match="positive smoothing"):
+        dv.kl_histogram_pairs(torch.ones(2, 3), smoothing=0)

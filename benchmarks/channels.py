@@ -1,0 +1,107 @@
+"""Time and memory of the KL matrices of every layer of VGG-16 beside forward passes, and of ChannelConv3d beside Conv3d.
+
+    python benchmarks/channels.py [--images 10000] [--part relations|pairs|layer] [--output FILE]
+
+Images and weights are random: time hardly depends on them. CPU seconds are disturbed less by other programs than
+wall-clock seconds; a ratio is that of the least times.
+"""
+
+import argparse
+import json
+import platform
+import resource
+import time
+from pathlib import Path
+
+import torch
+from scipy.stats import entropy
+
+from fishlib import channels, nets, notebook, relations
+from fishlib.data import Batches
+
+
+class RandomImages:
+    """Stands in for a data module: random images of ten classes."""
+
+    def __init__(self, images: int):
+        g = torch.Generator().manual_seed(0)
+        self.images = torch.randint(256, (images, 32, 32, 3), generator=g, dtype=torch.uint8)
+        self.labels = torch.arange(images) % 10
+
+    def batches(self, split: str, batch_size: int = 512, shuffle: bool | None = None) -> Batches:
+        return Batches(self.images, self.labels, torch.full((3,), 0.5), torch.full((3,), 0.25), batch_size)
+
+
+def timed(function, repeats: int = 1) -> float:
+    """Least CPU seconds of `repeats` calls."""
+    seconds = []
+    for _ in range(repeats):
+        begin = time.process_time()
+        function()
+        seconds.append(time.process_time() - begin)
+    return min(seconds)
+
+
+def of_relations(images: int) -> dict:
+    """All KL matrices of VGG-16 over `images` images, and one forward pass over them."""
+    torch.manual_seed(0)
+    net, data = nets.vgg(16).eval(), RandomImages(images)
+
+    @torch.no_grad()
+    def forward():
+        for batch, _ in data.batches("train", 250):
+            net(batch)
+
+    one_pass = timed(forward)
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    matrices = timed(lambda: channels.relations(net, data, "kl", images=images))
+    after = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return {"images": images, "forward_s": one_pass, "kl_matrices_s": matrices, "in_forward_passes": matrices / one_pass,
+            "peak_forward_mb": before / 1024, "peak_mb": after / 1024}
+
+
+def of_pairs(images: int) -> dict:
+    """The KL matrix of one layer of 64 channels from its histograms, at once and by a loop over pairs."""
+    net = nets.vgg(16).eval()
+    layer = channels.activations(net, RandomImages(500), ["conv"], images=500).layers["conv"]
+    counts = layer.histogram.double().numpy() + 0.5
+    at_once = timed(lambda: channels.divergence.kl_histogram_pairs(layer.histogram), 20)
+    loop = timed(lambda: [[entropy(p, q) for q in counts] for p in counts])
+    return {"channels": len(counts), "at_once_s": at_once, "loop_s": loop, "times_faster": loop / at_once}
+
+
+@torch.no_grad()
+def of_layer(images: int) -> dict:
+    """ChannelConv3d, 64 images of 16 x 16, beside torch's Conv3d with the same weights and beside Conv2d, forward only."""
+    rows = {}
+    for width, groups in ((32, 8), (64, 8), (64, 4), (128, 4)):
+        layer, x = relations.ChannelConv3d(width, groups), torch.randn(64, width, 16, 16)
+        plain, volume = torch.nn.Conv2d(width, width, 3, padding=1), x.unflatten(1, (groups, -1))
+        times = {"ChannelConv3d": timed(lambda layer=layer, x=x: layer(x), 7),
+                 "Conv3d": timed(lambda layer=layer, volume=volume: layer.conv(volume), 7),
+                 "Conv2d": timed(lambda plain=plain, x=x: plain(x), 7)}
+        rows[f"{width} channels in {groups} groups"] = {name: round(1000 * value, 2) for name, value in times.items()}
+    return {"milliseconds": rows}
+
+
+PARTS = {"relations": of_relations, "pairs": of_pairs, "layer": of_layer}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--images", type=int, default=10_000)
+    parser.add_argument("--part", choices=PARTS, help="one part only")
+    parser.add_argument("--output", type=Path)
+    arguments = parser.parse_args()
+    result = {"device": notebook.device_name(), "threads": torch.get_num_threads(), "torch": torch.__version__,
+              "python": platform.python_version()}
+    for name in [arguments.part] if arguments.part else PARTS:
+        result[name] = PARTS[name](arguments.images)
+    text = json.dumps(result, indent=2)
+    print(text)
+    if arguments.output:
+        arguments.output.write_text(text + "\n")
+
+
+if __name__ == "__main__":
+    main()

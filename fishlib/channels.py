@@ -1,0 +1,643 @@
+"""Channels of convolutions: how they relate, which of them repeat what others say, and how to remove those.
+
+A layer is named by its convolution. What is looked at are its feature maps behind the BatchNorm that follows it, if one
+does, and behind a ReLU; the maps are taken in one pass, and nothing of an image stays but sums. Removal is physical, by
+the package torch-pruning, and checked against the network in which the removed channels are zero where they are read.
+Divergences are in nats.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+
+import pandas as pd
+import torch
+from sklearn.cluster import AgglomerativeClustering
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from . import divergence
+from .data import Batches, ImageData
+from .training import evaluation_mode
+
+KINDS = ("kl", "js", "correlation", "cosine", "cka")
+REDUCE = ("pixels", "mean")
+CRITERIA = ("kl", "js", "correlation", "cosine", "cka", "l1", "fpgm", "taylor", "rank", "group", "random")
+RANGE = 6.0  # of histograms, in root mean squares of the layer's first batch
+
+# Statistics of channels, in one pass.
+
+
+@dataclass
+class LayerStatistics:
+    """Sums over the samples of one layer's C channels; a sample is a pixel, or the mean of a map.
+
+    Attributes
+    ----------
+    name : name of the convolution
+    samples : number of samples
+    mean : (C,), float64
+    covariance : (C, C), divisor N, float64
+    histogram : (C, bins) counts. Bins are in units of `scale`; the first and the last one are open, and behind a ReLU the
+        first one holds the zeros
+    scale : root mean square of the first batch
+    hsic : (C, C) inner products of centred Gram matrices, summed over batches; None unless asked for
+    """
+
+    name: str
+    samples: int = 0
+    scale: float = 1.0
+    histogram: Tensor | None = None
+    hsic: Tensor | None = None
+    _shift: Tensor | None = field(default=None, repr=False)
+    _sum: Tensor | float = field(default=0.0, repr=False)
+    _cross: Tensor | float = field(default=0.0, repr=False)
+
+    @property
+    def mean(self) -> Tensor:
+        return self._shift + self._sum / self.samples
+
+    @property
+    def covariance(self) -> Tensor:
+        offset = self._sum / self.samples
+        return self._cross / self.samples - offset[:, None] * offset[None, :]
+
+    @property
+    def dead(self) -> list[int]:
+        """Channels that are constant, up to rounding, over all samples."""
+        spread = self.covariance.diagonal().clamp_min(0).sqrt()
+        return (spread <= 1e-6 * max(self.scale, 1e-30)).nonzero().flatten().tolist()
+
+    def add(self, maps: Tensor, reduce: str, bins: int, low: float, grams: bool) -> None:
+        """Count in the maps (N, C, H, W) of a batch."""
+        rows = (maps.mean((2, 3), keepdim=True) if reduce == "mean" else maps).movedim(1, 0).flatten(1)
+        if not torch.isfinite(rows.sum()):
+            raise ValueError(f"layer {self.name}: activations are not finite; look for NaN or infinite weights or images")
+        if self._shift is None:
+            self._shift = rows.mean(1).double()
+            self.scale = float(rows.double().square().mean().sqrt()) or 1.0
+            self.histogram = torch.zeros(len(rows), bins, dtype=torch.int64, device=rows.device)
+        centred = rows - self._shift.to(rows.dtype)[:, None]
+        self.samples += rows.shape[1]
+        self._sum = self._sum + centred.sum(1).double()
+        self._cross = self._cross + (centred @ centred.T).double()
+        self.histogram += _histogram(rows, self.scale, bins, low)
+        if grams:
+            hsic = _hsic(maps)
+            self.hsic = hsic if self.hsic is None else self.hsic + hsic
+
+
+def _histogram(rows: Tensor, scale: float, bins: int, low: float) -> Tensor:
+    """Counts (C, bins) of rows (C, M): bin 0 up to ``low * scale``, the last one above ``RANGE * scale``."""
+    width = scale * (RANGE - low) / (bins - 2)
+    place = (rows / width).sub_(low * scale / width).ceil_().clamp_(0, bins - 1).long()
+    place += bins * torch.arange(len(rows), device=rows.device)[:, None]
+    return torch.bincount(place.flatten(), minlength=len(rows) * bins).view(len(rows), bins)
+
+
+def _hsic(maps: Tensor) -> Tensor:
+    x = maps.movedim(1, 0).flatten(2)
+    x = x - x.mean(1, keepdim=True)  # centring the images centres their Gram matrix
+    gram = (x @ x.mT).flatten(1)
+    return (gram @ gram.T).double()
+
+
+@dataclass
+class Activations:
+    """What `activations` found: `layers` by name, in the order in which they run, and `cross` covariances of neighbours."""
+
+    layers: dict[str, LayerStatistics]
+    cross: dict[tuple[str, str], Tensor]
+    images: int
+    reduce: str
+
+    def dead(self) -> dict[str, list[int]]:
+        """Constant channels by layer, layers without any left out."""
+        return {name: layer.dead for name, layer in self.layers.items() if layer.dead}
+
+    def relation(self, name: str, kind: str = "kl") -> Tensor:
+        """Channel-by-channel matrix (C, C) of one layer; see `relations`."""
+        _check_choice("kind", kind, KINDS)
+        layer = self.layers[name]
+        if kind in ("kl", "js"):
+            compare = divergence.kl_histogram_pairs if kind == "kl" else divergence.js_histogram_pairs
+            return compare(layer.histogram)
+        if kind == "cka":
+            if layer.hsic is None:
+                raise ValueError("these statistics have no Gram matrices: call activations(..., grams=True)")
+            return _normalised(layer.hsic, layer.dead)
+        second = layer.covariance
+        return _normalised(second + torch.outer(layer.mean, layer.mean) if kind == "cosine" else second,
+                           layer.dead if kind == "correlation" else ())
+
+    def between(self, first: str, second: str, kind: str = "kl") -> Tensor:
+        """Matrix (C, C') between the channels of two layers; "correlation" only where the one follows the other.
+
+        Divergences compare values in units of each layer's own root mean square. Correlations are over the pixels of
+        the coarser of the two layers, to which the other one is pooled.
+        """
+        _check_choice("kind", kind, ("kl", "js", "correlation"))
+        if kind != "correlation":
+            compare = divergence.kl_histogram_pairs if kind == "kl" else divergence.js_histogram_pairs
+            return compare(self.layers[first].histogram, self.layers[second].histogram)
+        if (first, second) not in self.cross:
+            raise ValueError(f"{first} and {second} are not neighbours, in this order: there are {list(self.cross)}")
+        return self.cross[first, second]
+
+
+def _normalised(products: Tensor, dead: Iterable[int] = ()) -> Tensor:
+    """Products (C, C) over the roots of their diagonal; 0 where a channel has none, and 1 on the diagonal."""
+    size = products.diagonal().clamp_min(0).sqrt()
+    size = size.index_fill(0, torch.tensor(list(dead), dtype=torch.long, device=size.device), 0)
+    matrix = products * torch.where(size > 0, 1 / size, 0)[:, None] * torch.where(size > 0, 1 / size, 0)[None, :]
+    return matrix.clamp(-1, 1).fill_diagonal_(1)
+
+
+def activations(net: nn.Module, data: ImageData, layers: Sequence[str] | None = None, reduce: str = "pixels",
+                rectify: bool = True, bins: int = 64, images: int = 5000, grams: bool = False,
+                batch_size: int = 250) -> Activations:
+    """Means, covariances and histograms of all channels of the named layers, in one pass over training images.
+
+    Memory does not depend on the number of images. Sums are kept in float64, those within a batch in the network's type.
+
+    Parameters
+    ----------
+    layers : names of convolutions; by default all of them
+    reduce : what a sample is: "pixels", every pixel of a map, or "mean", the mean of each map
+    rectify : look at the maps behind a ReLU
+    bins : of the histograms, between 0 (or -6) and 6 root mean squares of the layer, with an open one at either end
+    images : number of images, evenly spaced in the training split; all of them if there are fewer
+    grams : keep what "cka" needs, too: C products of (batch, batch) matrices, averaged over batches, which biases CKA
+        upwards where a batch is small
+
+    Raises
+    ------
+    ValueError
+        a layer that does not exist, activations that are not finite, fewer than two images
+    """
+    _check_choice("reduce", reduce, REDUCE)
+    if bins < 4:
+        raise ValueError(f"bins={bins}: a histogram needs at least 4")
+    statistics = {name: LayerStatistics(name) for name in _named(net, layers)}
+    pairs = _Pairs()
+    sample = _sample(data, images, batch_size)
+
+    def take(name: str, maps: Tensor) -> None:
+        maps = F.relu(maps) if rectify else maps
+        statistics[name].add(maps, reduce, bins, 0.0 if rectify else -RANGE, grams)
+        pairs.add(name, maps)
+
+    with torch.no_grad(), evaluation_mode(net), _watching(net, statistics, take):
+        for batch, _ in sample:
+            pairs.last = None
+            net(batch.to(_device(net)))
+    order = sorted(statistics, key=lambda name: pairs.order.get(name, len(statistics)))
+    return Activations({name: statistics[name] for name in order if statistics[name].samples}, pairs.correlations(),
+                       len(sample.labels), reduce)
+
+
+class _Pairs:
+    """Correlations between layers that run one after the other."""
+
+    def __init__(self) -> None:
+        self.last: tuple[str, Tensor] | None = None
+        self.order: dict[str, int] = {}
+        self.sums: dict[tuple[str, str], list[Tensor]] = {}
+
+    def add(self, name: str, maps: Tensor) -> None:
+        self.order.setdefault(name, len(self.order))
+        if self.last is not None:
+            before, earlier = self.last
+            side = min(earlier.shape[2], maps.shape[2]), min(earlier.shape[3], maps.shape[3])
+            x, y = (F.adaptive_avg_pool2d(one, side).movedim(1, 0).flatten(1).double() for one in (earlier, maps))
+            new = [x @ y.T, x.sum(1), y.sum(1), x.square().sum(1), y.square().sum(1), torch.tensor(float(x.shape[1]))]
+            old = self.sums.get((before, name))
+            self.sums[before, name] = new if old is None else [a + b for a, b in zip(old, new, strict=True)]
+        self.last = name, maps
+
+    def correlations(self) -> dict[tuple[str, str], Tensor]:
+        return {pair: _correlation(*sums) for pair, sums in self.sums.items()}
+
+
+def _correlation(xy: Tensor, x: Tensor, y: Tensor, xx: Tensor, yy: Tensor, n: Tensor) -> Tensor:
+    n = float(n)
+    spread = [(square / n - (one / n).square()) for square, one in ((xx, x), (yy, y))]
+    floor = [1e-12 * (square / n).max().clamp_min(1e-30) for square in (xx, yy)]
+    inverse = [torch.where(v > f, v.clamp_min(1e-300).rsqrt(), 0) for v, f in zip(spread, floor, strict=True)]
+    return (xy / n - torch.outer(x / n, y / n)) * inverse[0][:, None] * inverse[1][None, :]
+
+
+def relations(net: nn.Module, data: ImageData, kind: str = "kl", layers: Sequence[str] | None = None,
+              **options) -> dict[str, Tensor]:
+    """Channel-by-channel matrices (C, C), float64, of each layer; `options` go to `activations`.
+
+    Parameters
+    ----------
+    kind : "kl", entry (i, j) is KL(p_i || p_j) between histograms, in nats, not symmetric; "js" the Jensen-Shannon
+        divergence; "correlation"; "cosine", which does not subtract means; "cka", linear centred kernel alignment of
+        the maps, averaged over batches. A constant channel has correlation and CKA 0 with every other one
+
+    Notes
+    -----
+    KL and JS compare how often values occur, not where: two channels with equal histograms may be independent.
+    """
+    _check_choice("kind", kind, KINDS)
+    found = activations(net, data, layers, grams=kind == "cka", **options)
+    return {name: found.relation(name, kind) for name in found.layers}
+
+
+# What layers, and portions of layers, contribute.
+
+
+@torch.no_grad()
+def contribution(net: nn.Module, data: ImageData, layers: Sequence[str] | None = None, portions: int = 4,
+                 split: str = "validation", images: int = 1000) -> pd.DataFrame:
+    """Layers and portions of layers by what the predictions lose without them.
+
+    ``mean KL(p(y|x) || p_without(y|x))`` in nats, the maps of the portion set to zero behind BatchNorm; and, for whole
+    layers, KL between the histograms of all the layer's outputs and of the layer before, each in its own units.
+
+    Parameters
+    ----------
+    portions : into how many equal parts a layer is cut, after sorting its channels by the L1 norm of their filters; part 0
+        has the smallest. 0 for whole layers only
+
+    Returns
+    -------
+    DataFrame
+        layer, portion (-1 for the whole layer), channels (how many), kl (predictions), kl_input (activations; NaN for the
+        first layer and for portions); the least contributing first
+    """
+    found = _named(net, layers)
+    sample = _sample(data, images, 500, split)
+    statistics = activations(net, data, list(found), images=images)
+    logits = _logits(net, sample)
+    norms = {name: conv.weight.abs().flatten(1).sum(1) for name, (conv, _) in found.items()}
+    rows, before = [], None
+    for name, layer in statistics.layers.items():
+        order = norms[name].argsort()
+        parts = {-1: order} | dict(enumerate(order.tensor_split(portions) if portions else []))
+        pooled = layer.histogram.sum(0, keepdim=True)
+        for portion, chosen in parts.items():
+            if len(chosen):
+                with _muted(found[name][1], chosen):
+                    without = _logits(net, sample)
+                kl_input = None if before is None or portion >= 0 else float(divergence.kl_histogram_pairs(pooled, before))
+                rows.append({"layer": name, "portion": portion, "channels": len(chosen),
+                             "kl": _prediction_kl(logits, without), "kl_input": kl_input})
+        before = pooled
+    return pd.DataFrame(rows).astype({"kl_input": float}).sort_values("kl", ignore_index=True)
+
+
+def _logits(net: nn.Module, sample: Batches) -> Tensor:
+    with evaluation_mode(net):
+        return torch.cat([net(images.to(_device(net))) for images, _ in sample])
+
+
+def _prediction_kl(logits: Tensor, changed: Tensor) -> float:
+    return float(F.kl_div(changed.log_softmax(1), logits.log_softmax(1), log_target=True, reduction="batchmean"))
+
+
+@contextlib.contextmanager
+def _muted(module: nn.Module, channels: Tensor) -> Iterator[None]:
+    handle = module.register_forward_hook(lambda m, i, output: output.index_fill(1, channels, 0))
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+# Which channels to remove.
+
+
+def redundant(relation: Tensor, kind: str, count: int, dead: Iterable[int] = ()) -> list[int]:
+    """`count` channels to remove, by clustering: constant ones first, then all but one of each cluster.
+
+    The channels that are left form ``C - count`` clusters by average linkage of the distance (the symmetrised KL, JS,
+    ``1 - |correlation|``, ``1 - cosine`` or ``1 - CKA``); the one that is nearest to the others of its cluster stays.
+
+    Parameters
+    ----------
+    relation : matrix (C, C) of `relations`
+    """
+    _check_choice("kind", kind, KINDS)
+    total = len(relation)
+    if not 0 <= count < total:
+        raise ValueError(f"count={count}: of {total} channels 0 to {total - 1} can be removed")
+    gone = sorted(dead)[:count]
+    rest = [channel for channel in range(total) if channel not in gone]
+    distance = _distance(relation, kind)[rest][:, rest].cpu().numpy()
+    if count == len(gone):
+        return gone
+    groups = total - count
+    if groups == 1:
+        label = [0] * len(rest)
+    else:
+        label = AgglomerativeClustering(groups, metric="precomputed", linkage="average").fit_predict(distance)
+    label = pd.Series(label)
+    for _, members in label.groupby(label):
+        members = list(members.index)
+        head = members[distance[members][:, members].sum(1).argmin()]
+        gone += [rest[one] for one in members if one != head]
+    return sorted(gone)
+
+
+def _distance(relation: Tensor, kind: str) -> Tensor:
+    if kind in ("kl", "js"):
+        distance = (relation + relation.T) / 2
+    else:
+        distance = 1 - (relation.abs() if kind == "correlation" else relation)
+    return distance.clamp_min(0).fill_diagonal_(0)
+
+
+def choose(net: nn.Module, data: ImageData, criterion: str = "kl", share: float = 0.5,
+           layers: Sequence[str] | None = None, images: int = 1000, seed: int = 0) -> dict[str, list[int]]:
+    """Channels to remove, the same share of every layer, by a criterion; each layer keeps at least one.
+
+    Parameters
+    ----------
+    criterion : a kind of `relations`, whose clusters `redundant` thins out; or a score, the lowest of which go: "l1" of
+        filters [Li et al. 2017]; "fpgm", summed distance to the other filters [He et al. 2019]; "taylor", mean squared
+        change of the loss to first order [Molchanov et al. 2019]; "rank", mean rank of maps [Lin et al. 2020]; "group",
+        the L2 norm of all weights that go together, by torch-pruning [Fang et al. 2023]; "random"
+    share : of each layer's channels, in [0, 1), rounded down
+    layers : by default those that `removable` names
+    images : of the training split, for criteria that look at images
+
+    Returns
+    -------
+    dict : for `remove`
+    """
+    _check_choice("criterion", criterion, CRITERIA)
+    if not 0 <= share < 1:
+        raise ValueError(f"share={share}: use a share from 0 to below 1")
+    found = _named(net, removable(net, data.shape) if layers is None else layers)
+    counts = {name: int(share * conv.out_channels) for name, (conv, _) in found.items()}
+    if criterion in KINDS:
+        statistics = activations(net, data, list(found), images=images, grams=criterion == "cka")
+        return {name: redundant(statistics.relation(name, criterion), criterion, counts[name], layer.dead)
+                for name, layer in statistics.layers.items()}
+    values = scores(net, data, criterion, list(found), images, seed)
+    return {name: sorted(values[name].argsort(stable=True)[:count].tolist()) for name, count in counts.items()}
+
+
+def scores(net: nn.Module, data: ImageData, criterion: str = "l1", layers: Sequence[str] | None = None,
+           images: int = 1000, seed: int = 0) -> dict[str, Tensor]:
+    """A score for each channel of each layer, larger for what should stay; the criteria are explained in `choose`."""
+    found = _named(net, layers)
+    if criterion in ("taylor", "rank"):
+        score = _taylor if criterion == "taylor" else _rank
+        return score(net, found, _sample(data, images, 250))
+    if criterion == "group":
+        return _group_norm(net, data.shape, list(found))
+    generator = torch.Generator().manual_seed(seed)
+    by_weight: dict[str, Callable[[Tensor], Tensor]] = {
+        "l1": lambda filters: filters.abs().sum(1),
+        "fpgm": lambda filters: torch.cdist(filters, filters).sum(1),
+        "random": lambda filters: torch.rand(len(filters), generator=generator)}
+    _check_choice("criterion", criterion, tuple(by_weight))
+    return {name: by_weight[criterion](conv.weight.detach().flatten(1)) for name, (conv, _) in found.items()}
+
+
+def _taylor(net: nn.Module, found: Mapping[str, tuple], sample: Batches) -> dict[str, Tensor]:
+    total: dict[str, Tensor | float] = dict.fromkeys(found, 0.0)
+    with torch.enable_grad(), evaluation_mode(net):
+        for images, labels in sample:
+            maps: dict[str, Tensor] = {}
+            with _watching(net, found, maps.__setitem__):
+                logits = net(images.to(_device(net)).requires_grad_())
+            loss = F.cross_entropy(logits, labels.to(logits.device), reduction="sum")
+            for name, gradient in zip(maps, torch.autograd.grad(loss, list(maps.values())), strict=True):
+                change = (maps[name].detach() * gradient).sum((2, 3))
+                total[name] = total[name] + change.double().square().sum(0)
+    return {name: value / len(sample.labels) for name, value in total.items()}
+
+
+@torch.no_grad()
+def _rank(net: nn.Module, found: Mapping[str, tuple], sample: Batches) -> dict[str, Tensor]:
+    total: dict[str, Tensor | float] = dict.fromkeys(found, 0.0)
+
+    def take(name: str, maps: Tensor) -> None:
+        total[name] = total[name] + torch.linalg.matrix_rank(F.relu(maps)).double().sum(0)
+
+    with evaluation_mode(net), _watching(net, found, take):
+        for images, _ in sample:
+            net(images.to(_device(net)))
+    return {name: value / len(sample.labels) for name, value in total.items()}
+
+
+def _group_norm(net: nn.Module, shape: Sequence[int], layers: Sequence[str]) -> dict[str, Tensor]:
+    import torch_pruning
+
+    net = copy.deepcopy(net).cpu()
+    graph, modules = _graph(net, shape), dict(net.named_modules())
+    importance = torch_pruning.importance.GroupMagnitudeImportance(p=2)
+    return {name: importance(_group(graph, modules[name], range(modules[name].out_channels))).detach() for name in layers}
+
+
+# Removal.
+
+
+def removable(net: nn.Module, shape: Sequence[int]) -> list[str]:
+    """Names of the convolutions whose channels no other layer shares, for images of `shape` (C, H, W).
+
+    In a ResNet these are the first convolutions of its units: what is added to the state must fit it.
+    """
+    net = copy.deepcopy(net).cpu()
+    graph, names = _graph(net, shape), []
+    for name, (conv, _) in _named(net).items():
+        if conv.groups == 1:
+            writers = [dep for dep, _ in _group(graph, conv, [0])
+                       if isinstance(dep.target.module, (nn.Conv2d, nn.Linear)) and _writes(graph, dep)]
+            if len(writers) == 1 and _readers(graph, net, conv, [0]):
+                names.append(name)
+    return names
+
+
+def remove(net: nn.Module, shape: Sequence[int], channels: Mapping[str, Iterable[int]]) -> nn.Module:
+    """A copy of `net` without the given channels of the given layers: fewer weights, fewer operations, plain modules.
+
+    BatchNorm and the layers that read the channels shrink with them. The result is compared, in float64, with `net` whose
+    removed channels are zero where they are read; it differs by 1e-5 of the largest output at most.
+
+    Parameters
+    ----------
+    shape : of an image, (C, H, W)
+    channels : positions of the channels to remove, by name of the convolution
+
+    Raises
+    ------
+    ValueError
+        an unknown layer or position; all channels of a layer; a network that torch-pruning cannot trace; layers whose
+        removal breaks the network or changes what is left, such as those of a residual stream with padded shortcuts
+
+    Examples
+    --------
+    >>> from fishlib import nets
+    >>> remove(nets.small_cnn(10, (1, 8, 8)), (1, 8, 8), {"0": [0, 3]})[0].out_channels
+    14
+    """
+    chosen = _checked(net, channels)
+    smaller = copy.deepcopy(net)
+    device = _device(smaller)
+    flags = [parameter.requires_grad for parameter in smaller.parameters()]
+    smaller.cpu().requires_grad_()
+    masks = _reader_masks(net, shape, chosen)
+    graph, modules = _graph(smaller, shape), dict(smaller.named_modules())
+    for name, positions in chosen.items():
+        if positions:
+            _group(graph, modules[name], positions).prune()
+    for parameter, flag in zip(smaller.parameters(), flags, strict=True):
+        parameter.requires_grad_(flag)
+        parameter.grad = None
+    _compare(net, smaller, shape, masks)
+    return smaller.to(device)
+
+
+def plan(net: nn.Module, shape: Sequence[int], channels: Mapping[str, Iterable[int]]) -> pd.DataFrame:
+    """What `remove` would cut, before it does: layer, channels before and after, and the layers that read them."""
+    chosen = _checked(net, channels)
+    copied = copy.deepcopy(net).cpu()
+    graph, modules = _graph(copied, shape), dict(copied.named_modules())
+    return pd.DataFrame([
+        {"layer": name, "before": modules[name].out_channels, "after": modules[name].out_channels - len(positions),
+         "read by": ", ".join(_readers(graph, copied, modules[name], positions or [0]))}
+        for name, positions in chosen.items()])
+
+
+def masked_logits(net: nn.Module, images: Tensor, masks: Mapping[str, Iterable[int]]) -> Tensor:
+    """Outputs of `net` with the given input channels of the given layers set to zero."""
+    modules, handles = dict(net.named_modules()), []
+    try:
+        for name, positions in masks.items():
+            index = torch.tensor(sorted(positions), dtype=torch.long, device=images.device)
+            handles.append(modules[name].register_forward_pre_hook(
+                lambda module, inputs, index=index: (inputs[0].index_fill(1, index, 0),)))
+        with torch.no_grad(), evaluation_mode(net):
+            return net(images)
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _checked(net: nn.Module, channels: Mapping[str, Iterable[int]]) -> dict[str, list[int]]:
+    found = _named(net, list(channels))
+    chosen = {name: sorted({int(one) for one in channels[name]}) for name in found}
+    for name, positions in chosen.items():
+        total = found[name][0].out_channels
+        if positions and not 0 <= positions[0] <= positions[-1] < total:
+            raise ValueError(f"channels {positions} of {name}: it has channels 0 to {total - 1}")
+        if len(positions) == total:
+            raise ValueError(f"all {total} channels of {name} would go: leave at least one")
+    return chosen
+
+
+def _reader_masks(net: nn.Module, shape: Sequence[int], chosen: Mapping[str, list[int]]) -> dict[str, set[int]]:
+    """For every layer that reads a removed channel, the positions among its inputs."""
+    net = copy.deepcopy(net).cpu()
+    graph, modules = _graph(net, shape), dict(net.named_modules())
+    masks: dict[str, set[int]] = {}
+    for name, positions in chosen.items():
+        if positions:
+            for reader, inputs in _readers(graph, net, modules[name], positions).items():
+                masks.setdefault(reader, set()).update(inputs)
+    return masks
+
+
+def _compare(net: nn.Module, smaller: nn.Module, shape: Sequence[int], masks: Mapping[str, set[int]]) -> None:
+    images = torch.randn(4, *shape, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    expected = masked_logits(copy.deepcopy(net).cpu().double(), images, masks)
+    try:
+        found = masked_logits(copy.deepcopy(smaller).double(), images, {})
+        error = float((found - expected).abs().max() / expected.abs().max().clamp_min(1e-30))
+    except RuntimeError as problem:
+        raise ValueError(f"without these channels the network does not run ({problem}): remove only channels of layers "
+                         "that removable() names") from problem
+    if not error <= 1e-5:
+        raise ValueError(f"without these channels the outputs differ by {error:.1e} from those of the network in which they "
+                         "are zero: remove only channels of layers that removable() names")
+
+
+def _graph(net: nn.Module, shape: Sequence[int]):
+    """torch-pruning's graph of dependencies; its tracer needs gradients, so `net` is a copy."""
+    import torch_pruning
+
+    net.requires_grad_()
+    example = torch.zeros(1, *shape, dtype=next(net.parameters()).dtype)
+    try:
+        with torch.enable_grad(), evaluation_mode(net):
+            return torch_pruning.DependencyGraph().build_dependency(net, example_inputs=example, verbose=False)
+    except Exception as error:  # a tracer fails in as many ways as networks can be written
+        raise ValueError(f"torch-pruning cannot trace {type(net).__name__} for images of shape {tuple(shape)} "
+                         f"({error})") from error
+
+
+def _group(graph, conv: nn.Conv2d, positions: Iterable[int]):
+    import torch_pruning
+
+    if conv not in graph.module2node:
+        raise ValueError("torch-pruning did not find one of the layers in its trace: it has to run in a forward pass")
+    return graph.get_pruning_group(conv, torch_pruning.prune_conv_out_channels, idxs=list(positions))
+
+
+def _writes(graph, dep) -> bool:
+    return graph.is_out_channel_pruning_fn(dep.handler)
+
+
+def _readers(graph, net: nn.Module, conv: nn.Conv2d, positions: Iterable[int]) -> dict[str, list[int]]:
+    names = {module: name for name, module in net.named_modules()}
+    readers: dict[str, list[int]] = {}
+    for dep, inputs in _group(graph, conv, positions):
+        module = dep.target.module
+        if isinstance(module, (nn.Conv2d, nn.Linear)) and not _writes(graph, dep):
+            readers.setdefault(names[module], []).extend(int(one) for one in inputs)
+    return readers
+
+
+# What the functions above share.
+
+
+def _named(net: nn.Module, layers: Sequence[str] | None = None) -> dict[str, tuple[nn.Conv2d, nn.Module]]:
+    """Convolutions by name, each with the module behind which its maps are taken."""
+    modules = list(net.named_modules())
+    following = [module for _, module in modules[1:]] + [nn.Identity()]
+    found = {name: (conv, after if isinstance(after, nn.BatchNorm2d) and after.num_features == conv.out_channels else conv)
+             for (name, conv), after in zip(modules, following, strict=True) if isinstance(conv, nn.Conv2d)}
+    if layers is None:
+        return found
+    if unknown := [name for name in layers if name not in found]:
+        raise ValueError(f"the network has no convolution named {', '.join(unknown)}: it has {', '.join(found) or 'none'}")
+    return {name: found[name] for name in layers}
+
+
+@contextlib.contextmanager
+def _watching(net: nn.Module, layers: Iterable[str], take: Callable[[str, Tensor], None]) -> Iterator[None]:
+    found = _named(net, list(layers))
+    handles = [module.register_forward_hook(lambda m, i, output, name=name: take(name, output))
+               for name, (_, module) in found.items()]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _sample(data: ImageData, images: int, batch_size: int, split: str = "train") -> Batches:
+    every = data.batches(split, batch_size, shuffle=False)
+    count = len(every.labels)
+    if min(images, count) < 2:
+        raise ValueError(f"{min(images, count)} images of the split {split!r}: statistics need two or more")
+    chosen = torch.linspace(0, count - 1, min(images, count), dtype=torch.float64).round().long().to(every.labels.device)
+    return Batches(every.images[chosen], every.labels[chosen], every.mean, every.std, batch_size)
+
+
+def _device(net: nn.Module) -> torch.device:
+    return next(net.parameters()).device
+
+
+def _check_choice(name: str, value: str, choices: Sequence[str]) -> None:
+    if value not in choices:
+        raise ValueError(f"unknown {name} {value!r}: use one of {', '.join(choices)}")

@@ -1,0 +1,173 @@
+"""Layers that look along the channel axis, so that few maps carry what many would.
+
+Layers take and give images (N, C, H, W), as ``nn.Conv2d`` does, and can take its place. The order of channels means
+nothing in a network, so neighbourhood along it has to be made: by a 1 x 1 convolution before, or by sorting.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from scipy.cluster.hierarchy import leaves_list, linkage
+from scipy.spatial.distance import squareform
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+
+class ChannelConv3d(nn.Module):
+    """A 3-D convolution over (channel, row, column): weights are shared along the channel axis.
+
+    The C input channels are G = `groups_in` groups of C/G neighbours; each group is an input map of depth D = C/G of a 3-D
+    convolution with kernel d x k x k and `groups_out` = G' output maps, which again are groups of D channels:
+    ``out[g', c] = bias[g'] + sum_g sum_e w[g', g, e] * x[g, c + e - d//2]`` with 2-D convolutions ``*``, zeros outside. So
+    the layer has G' D output channels.
+
+    Parameters: ``G' G d k^2`` and the bias G' (for C = 64, k = d = 3, G = G' = 8: 1,728 weights instead of 36,864).
+    MACs: ``G' G d k^2 D H' W'`` for an output of H' x W'. Mixing adds ``C^2`` parameters and ``C^2 H W`` MACs.
+
+    Parameters
+    ----------
+    channels : C, input channels
+    groups_in, groups_out : G and G'; G divides C
+    kernel : k, rows and columns of the kernel
+    depth : d, its extent along the channels; odd
+    mix : a 1 x 1 convolution of C to C channels first
+    order : fixed order in which the channels lie along the axis, as positions; by default their own
+
+    Notes
+    -----
+    It runs as one 2-D convolution over C channels whose weight is the banded matrix of the 3-D kernel wherever that is
+    faster; both forms give the same outputs. See `dense`.
+    """
+
+    def __init__(self, channels: int, groups_in: int = 8, groups_out: int | None = None, kernel: int = 3, depth: int = 3,
+                 stride: int = 1, mix: bool = False, order: Sequence[int] | None = None, bias: bool = False,
+                 dense: bool | None = None):
+        super().__init__()
+        groups_out = groups_out or groups_in
+        if channels % groups_in:
+            raise ValueError(f"groups_in={groups_in} does not divide channels={channels}: choose a divisor")
+        if kernel % 2 == 0 or depth % 2 == 0:
+            raise ValueError(f"kernel={kernel}, depth={depth}: use odd sizes, so that the middle is one pixel and channel")
+        if order is not None and sorted(order) != list(range(channels)):
+            raise ValueError(f"order has to name each of the channels 0 to {channels - 1} once")
+        self.channels, self.groups_in, self.groups_out, self.stride = channels, groups_in, groups_out, stride
+        self.depth = channels // groups_in
+        self.dense = self.depth <= 16 if dense is None else dense
+        self.mix = nn.Conv2d(channels, channels, 1, bias=False) if mix else nn.Identity()
+        self.conv = nn.Conv3d(groups_in, groups_out, (depth, kernel, kernel), (1, stride, stride),
+                              (depth // 2, kernel // 2, kernel // 2), bias=bias)
+        nn.init.kaiming_normal_(self.conv.weight, nonlinearity="relu")
+        if bias:
+            nn.init.zeros_(self.conv.bias)
+        self.register_buffer("order", None if order is None else torch.tensor(list(order)))
+
+    @property
+    def out_channels(self) -> int:
+        """G' D."""
+        return self.groups_out * self.depth
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.mix(x)
+        if self.order is not None:
+            x = x[:, self.order]
+        if self.dense:
+            bias = None if self.conv.bias is None else self.conv.bias.repeat_interleave(self.depth)
+            return F.conv2d(x, self.banded_weight(), bias, self.stride, self.conv.padding[1:])
+        return self.conv(x.unflatten(1, (self.groups_in, self.depth))).flatten(1, 2)
+
+    def banded_weight(self) -> Tensor:
+        """The weight (G' D, C, k, k) of the 2-D convolution that gives the same outputs: constant along diagonals."""
+        weight, depth = self.conv.weight, self.depth
+        half = weight.shape[2] // 2
+        # Entry (c', c) of the band is kernel plane c - c' + half, and 0 where there is none.
+        plane = torch.arange(depth, device=weight.device)[None, :] - torch.arange(depth, device=weight.device)[:, None] + half
+        inside = (plane >= 0) & (plane < weight.shape[2])
+        band = weight[:, :, plane.clamp(0, weight.shape[2] - 1)] * inside[:, :, None, None]
+        return band.transpose(1, 2).reshape(self.out_channels, self.channels, *weight.shape[3:])
+
+    @property
+    def parameters_formula(self) -> int:
+        """``G' G d k^2``, G' more with a bias, C^2 more with mixing."""
+        depth, kernel, _ = self.conv.kernel_size
+        own = self.groups_out * self.groups_in * depth * kernel**2
+        return own + (self.groups_out if self.conv.bias is not None else 0) + self._mixing
+
+    def macs_formula(self, height: int, width: int) -> int:
+        """``G' G d k^2 D H' W'`` of the 3-D form, for an input of `height` x `width`, ``C^2 H W`` more with mixing.
+
+        The banded 2-D form multiplies by the zeros of the band too, so it computes ``D / d`` times as much.
+        """
+        depth, kernel, _ = self.conv.kernel_size
+        outputs = self.depth * -(-height // self.stride) * -(-width // self.stride)
+        return self.groups_out * self.groups_in * depth * kernel**2 * outputs + self._mixing * height * width
+
+    @property
+    def _mixing(self) -> int:
+        return self.channels**2 if isinstance(self.mix, nn.Conv2d) else 0
+
+
+class Maxout(nn.Module):
+    """The maximum over every `pieces` neighbouring channels [Goodfellow et al. 2013]: (N, C, H, W) to (N, C/pieces, H, W)."""
+
+    def __init__(self, pieces: int = 2):
+        super().__init__()
+        self.pieces = pieces
+
+    def forward(self, x: Tensor) -> Tensor:
+        if x.shape[1] % self.pieces:
+            raise ValueError(f"{x.shape[1]} channels cannot be split into groups of {self.pieces}: choose a divisor")
+        return x.unflatten(1, (-1, self.pieces)).amax(2)
+
+
+class TriPlanar(nn.Module):
+    """The sum of three 2-D convolutions, over the planes (H, W), (C, H) and (C, W) [after Prasoon et al. 2013].
+
+    The first one is depthwise; the two others slide a k x k kernel along the channel axis and one image axis, in G groups of
+    C/G neighbouring channels as in `ChannelConv3d`. Parameters: ``C k^2 + 2 G^2 k^2``.
+    """
+
+    def __init__(self, channels: int, groups: int = 8, kernel: int = 3):
+        super().__init__()
+        if channels % groups:
+            raise ValueError(f"groups={groups} does not divide channels={channels}: choose a divisor")
+        half = kernel // 2
+        self.groups = groups
+        self.rows_columns = nn.Conv2d(channels, channels, kernel, padding=half, groups=channels, bias=False)
+        self.channels_rows = nn.Conv3d(groups, groups, (kernel, kernel, 1), padding=(half, half, 0), bias=False)
+        self.channels_columns = nn.Conv3d(groups, groups, (kernel, 1, kernel), padding=(half, 0, half), bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        volume = x.unflatten(1, (self.groups, -1))
+        return self.rows_columns(x) + (self.channels_rows(volume) + self.channels_columns(volume)).flatten(1, 2)
+
+
+class ChannelAttention(nn.Module):
+    """Each channel times a gate from its neighbours' means: ``x * sigmoid(conv1d(mean x))`` [ECA, Wang et al. 2020]."""
+
+    def __init__(self, kernel: int = 3):
+        super().__init__()
+        self.conv = nn.Conv1d(1, 1, kernel, padding=kernel // 2, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        gate = self.conv(x.mean((2, 3))[:, None])[:, 0].sigmoid()
+        return x * gate[:, :, None, None]
+
+
+def sorted_order(relation: Tensor, distance: bool = False) -> list[int]:
+    """An order of channels in which neighbours are similar: the leaves of a clustering by average linkage.
+
+    Parameters
+    ----------
+    relation : matrix (C, C) of similarities such as correlations, whose absolute value counts; or of distances, such as KL,
+        which is made symmetric
+    """
+    matrix = relation.double().cpu()
+    if matrix.ndim != 2 or matrix.shape[0] != matrix.shape[1] or not torch.isfinite(matrix).all():
+        raise ValueError(f"a relation of shape {tuple(matrix.shape)}: give a finite matrix (C, C)")
+    far = (matrix + matrix.T) / 2 if distance else 1 - (matrix.abs() + matrix.abs().T) / 2
+    if len(far) < 3:
+        return list(range(len(far)))
+    far = far.clamp_min(0).fill_diagonal_(0).numpy()
+    return leaves_list(linkage(squareform(far, checks=False), "average", optimal_ordering=True)).tolist()

@@ -1,0 +1,292 @@
+"""Statistics, relations and removal of channels, against loops and against the masked network."""
+
+import copy
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from scipy.stats import entropy
+from torch import nn
+
+from fishlib import channels, cost, divergence, nets
+from fishlib.data import ImageData
+
+SHAPE = (1, 8, 8)
+
+
+@pytest.fixture(scope="module")
+def data():
+    return ImageData("digits", device="cpu", limit=300)
+
+
+def with_statistics(net, seed=0):
+    """`net` in evaluation mode whose BatchNorms have statistics and weights that are not those of a new network."""
+    generator = torch.Generator().manual_seed(seed)
+    for module in net.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            for tensor, low in ((module.weight, 0.5), (module.bias, 0.4), (module.running_mean, -0.2),
+                                (module.running_var, 0.1)):
+                tensor.data.copy_(low + torch.rand(tensor.shape, generator=generator))
+    return net.eval()
+
+
+@pytest.fixture
+def net():
+    torch.manual_seed(0)
+    return with_statistics(nets.small_cnn(10, SHAPE, 8))
+
+
+@pytest.fixture(params=["small_cnn", "vgg", "resnet", "densenet"])
+def any_net(request):
+    torch.manual_seed(0)
+    return with_statistics({"small_cnn": lambda: nets.small_cnn(10, SHAPE, 8), "vgg": lambda: nets.vgg(11, 10, 1, 4),
+                            "resnet": lambda: nets.resnet(8, 10, 1, 4), "densenet": lambda: nets.densenet(10, 4, channels=1)}[
+                                request.param]())
+
+
+def maps_of(net, images, depth):
+    with torch.no_grad():
+        return net[:depth](images)
+
+
+def state(net):
+    return {name: tensor.clone() for name, tensor in net.state_dict().items()}, net.training
+
+
+# Statistics.
+
+
+@pytest.mark.parametrize("reduce", channels.REDUCE)
+def test_streamed_moments_are_those_of_all_activations_at_once(net, data, reduce):
+    net = net.double()
+    images = data.split("train")[0].double()
+
+    class Double:
+        def batches(self, *args, **kwargs):
+            return data.batches(*args, **kwargs)
+
+    net.register_forward_pre_hook(lambda module, inputs: (inputs[0].double(),))
+    found = channels.activations(net, Double(), reduce=reduce, images=10_000, batch_size=37)
+    maps = maps_of(net, images, 7)
+    rows = (maps.mean((2, 3), keepdim=True) if reduce == "mean" else maps).movedim(1, 0).flatten(1)
+    layer = found.layers["4"]
+    assert layer.samples == rows.shape[1]
+    torch.testing.assert_close(layer.mean, rows.mean(1))
+    torch.testing.assert_close(layer.covariance, torch.cov(rows, correction=0))
+    correlation = np.corrcoef(rows.numpy())
+    np.testing.assert_allclose(found.relation("4", "correlation"), correlation, atol=1e-9)
+    assert layer.histogram.sum(1).tolist() == [rows.shape[1]] * len(rows)
+    np.testing.assert_array_equal(layer.histogram[:, 0], (rows == 0).sum(1))
+
+
+def test_correlation_of_neighbours_is_that_of_pooled_maps(net, data):
+    images = data.split("train")[0]
+    found = channels.activations(net, data, images=10_000, batch_size=50)
+    first, second = maps_of(net, images, 3), maps_of(net, images, 7)
+    first = nn.functional.adaptive_avg_pool2d(first, second.shape[2:])
+    rows = torch.cat([first, second], 1).movedim(1, 0).flatten(1).double().numpy()
+    np.testing.assert_allclose(found.between("0", "4", "correlation"), np.corrcoef(rows)[:8, 8:], atol=1e-5)
+    assert found.between("0", "4", "kl").shape == (8, 16)
+
+
+def test_cka_of_one_batch_is_that_of_pairs_of_maps(net, data):
+    images = data.split("train")[0]
+    found = channels.activations(net, data, grams=True, images=10_000, batch_size=10_000).relation("0", "cka")
+    maps = maps_of(net, images, 3)
+    for i, j in ((0, 1), (2, 7), (3, 3)):
+        expected = divergence.linear_cka(maps[:, i].flatten(1).double(), maps[:, j].flatten(1).double())
+        assert float(found[i, j]) == pytest.approx(float(expected), abs=1e-5)
+
+
+def test_kl_of_all_pairs_is_that_of_loops_over_pairs(net, data):
+    found = channels.activations(net, data, images=100)
+    histogram = found.layers["0"].histogram.double().numpy() + 0.5
+    expected = [[entropy(p, q) for q in histogram] for p in histogram]
+    np.testing.assert_allclose(found.relation("0", "kl"), expected, atol=1e-12)
+    assert torch.equal(channels.relations(net, data, "kl", images=100)["0"], found.relation("0", "kl"))
+
+
+@pytest.mark.parametrize("kind", channels.KINDS)
+def test_dead_channels_are_reported_and_leave_every_relation_finite(net, data, kind):
+    net[1].weight.data[3], net[1].bias.data[3] = 0, -1
+    net[1].weight.data[5], net[1].bias.data[5] = 0, 0.7
+    found = channels.activations(net, data, images=100, grams=True)
+    assert found.dead()["0"] == [3, 5]
+    matrix = found.relation("0", kind)
+    assert torch.isfinite(matrix).all()
+    if kind in ("correlation", "cka"):
+        assert matrix[3, [0, 1, 2, 4]].abs().max() == 0
+    assert set(channels.redundant(matrix, kind, 2, [3, 5])) == {3, 5}
+
+
+def test_nothing_of_the_callers_network_changes(net, data):
+    net.train()
+    net[0].weight.requires_grad_(False)
+    before, training = state(net)
+    random = torch.get_rng_state()
+    for criterion in channels.CRITERIA:
+        channels.remove(net, SHAPE, channels.choose(net, data, criterion, 0.5, images=60))
+    channels.contribution(net, data, images=30)
+    after, still = state(net)
+    assert training == still
+    assert all(torch.equal(before[name], after[name]) for name in before)
+    assert not net[0].weight.requires_grad
+    assert net[4].weight.requires_grad
+    assert all(parameter.grad is None for parameter in net.parameters())
+    assert not any(module._forward_hooks or module._forward_pre_hooks for module in net.modules())
+    assert torch.equal(random, torch.get_rng_state())
+
+
+def test_bad_input_is_named(net, data):
+    with pytest.raises(ValueError, match="no convolution named nowhere: it has 0, 4"):
+        channels.activations(net, data, ["nowhere"])
+    with pytest.raises(ValueError, match="statistics need two or more"):
+        channels.activations(net, data, images=1)
+    with pytest.raises(ValueError, match="use one of kl"):
+        channels.relations(net, data, "chi2")
+    with pytest.raises(ValueError, match="below 1"):
+        channels.choose(net, data, share=1.0)
+    with pytest.raises(ValueError, match="call activations"):
+        channels.activations(net, data, images=20).relation("0", "cka")
+    net[4].weight.data[0, 0, 0, 0] = float("nan")
+    with pytest.raises(ValueError, match="layer 4: activations are not finite"):
+        channels.activations(net, data, images=20)
+    assert not net[1]._forward_hooks
+
+
+# Contribution.
+
+
+def test_contribution_is_the_kl_of_predictions_with_and_without(net, data):
+    table = channels.contribution(net, data, portions=2, images=20).set_index(["layer", "portion"])
+    assert len(table) == 6
+    images, _ = data.split("validation")
+    chosen = torch.linspace(0, len(images) - 1, 20, dtype=torch.float64).round().long()
+    muted = copy.deepcopy(net)
+    weak = net[4].weight.abs().sum((1, 2, 3)).argsort()[:8]
+    muted[5].weight.data[weak], muted[5].bias.data[weak] = 0, 0
+    with torch.no_grad():
+        p, q = (one(images[chosen]).softmax(1).double().numpy() for one in (net, muted))
+    assert table.loc[("4", 0), "kl"] == pytest.approx(np.mean([entropy(a, b) for a, b in zip(p, q, strict=True)]), rel=1e-4)
+    assert table.kl.is_monotonic_increasing
+
+
+# Choice.
+
+
+@settings(max_examples=25, deadline=None)
+@given(st.integers(2, 9), st.integers(0, 1000), st.sampled_from(channels.KINDS), st.data())
+def test_redundant_names_as_many_channels_as_asked(size, seed, kind, draw):
+    count = draw.draw(st.integers(0, size - 1))
+    matrix = torch.rand(size, size, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    chosen = channels.redundant(matrix, kind, count)
+    assert len(set(chosen)) == count
+    assert set(chosen) <= set(range(size))
+
+
+def test_a_copied_channel_is_the_redundant_one(net, data):
+    net[0].weight.data[6] = net[0].weight.data[2]
+    for tensor in (net[1].weight, net[1].bias, net[1].running_mean, net[1].running_var):
+        tensor.data[6] = tensor.data[2]
+    for kind in channels.KINDS:
+        (gone,) = channels.redundant(channels.relations(net, data, kind, images=60)["0"], kind, 1)
+        assert gone in (2, 6)
+
+
+def test_taylor_is_the_squared_product_of_maps_and_gradients(net, data):
+    found = channels.scores(net, data, "taylor", ["0"], images=15)["0"]
+    batches = data.batches("train", shuffle=False)
+    chosen = torch.linspace(0, len(batches.labels) - 1, 15, dtype=torch.float64).round().long()
+    images, labels = (part[chosen] for part in data.split("train"))
+    expected = 0
+    for image, label in zip(images, labels, strict=True):
+        maps = net[:2](image[None]).detach().requires_grad_()
+        (gradient,) = torch.autograd.grad(nn.functional.cross_entropy(net[2:](maps), label[None]), maps)
+        expected = expected + (maps * gradient).sum((0, 2, 3)).detach().double().square() / 15
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-9)
+
+
+def test_fpgm_and_rank_are_what_they_are_named_for(net, data):
+    filters = net[0].weight.detach().flatten(1)
+    expected = torch.stack([sum((a - b).norm() for b in filters) for a in filters])
+    torch.testing.assert_close(channels.scores(net, data, "fpgm", ["0"])["0"], expected)
+    images = data.split("train")[0]
+    ranks = np.linalg.matrix_rank(maps_of(net, images, 3).numpy()).mean(0)
+    np.testing.assert_allclose(channels.scores(net, data, "rank", ["0"], images=10_000)["0"], ranks, atol=0.02)
+
+
+# Removal.
+
+
+def test_removal_gives_the_outputs_of_the_masked_network_from_fewer_weights(any_net):
+    chosen = {name: [1, 2] for name in channels.removable(any_net, SHAPE)}
+    smaller = channels.remove(any_net, SHAPE, chosen)
+    masks = channels._reader_masks(any_net, SHAPE, chosen)
+    images = torch.randn(5, *SHAPE, generator=torch.Generator().manual_seed(1))
+    expected = channels.masked_logits(any_net, images, masks)
+    with torch.no_grad():
+        assert (smaller(images) - expected).abs().max() <= 1e-5 * expected.abs().max()
+        assert (any_net(images) - expected).abs().max() > 1e-3 * expected.abs().max()
+    assert cost.count(smaller, SHAPE).parameters < cost.count(any_net, SHAPE).parameters
+    assert not any("mask" in name for name in smaller.state_dict())
+
+
+def test_muted_channels_of_a_plain_network_and_removed_ones_give_the_same(net):
+    muted = copy.deepcopy(net)
+    muted[1].weight.data[[0, 4]], muted[1].bias.data[[0, 4]] = 0, 0
+    smaller = channels.remove(net, SHAPE, {"0": [4, 0]})
+    assert smaller[0].out_channels == 6
+    assert smaller[1].num_features == 6
+    images = torch.randn(5, *SHAPE)
+    with torch.no_grad():
+        torch.testing.assert_close(smaller(images), muted(images), rtol=1e-5, atol=1e-6)
+
+
+def test_removed_networks_can_be_trained(any_net):
+    smaller = channels.remove(any_net, SHAPE, {name: [0] for name in channels.removable(any_net, SHAPE)})
+    smaller.train()(torch.randn(4, *SHAPE)).sum().backward()
+    assert all(parameter.grad is not None for parameter in smaller.parameters())
+
+
+def test_only_inner_channels_of_a_resnet_are_removable():
+    names = channels.removable(nets.resnet(8, 10, 1, 4), SHAPE)
+    assert names == ["steps.0.conv1", "steps.1.conv1", "steps.2.conv1"]
+
+
+def test_removal_from_a_padded_residual_stream_is_refused():
+    with pytest.raises(ValueError, match="remove only channels of layers that removable"):
+        channels.remove(with_statistics(nets.resnet(8, 10, 1, 4)), SHAPE, {"conv": [1]})
+
+
+def test_removal_that_cannot_be_is_refused(net):
+    with pytest.raises(ValueError, match="no convolution named 9"):
+        channels.remove(net, SHAPE, {"9": [0]})
+    with pytest.raises(ValueError, match="channels 0 to 7"):
+        channels.remove(net, SHAPE, {"0": [8]})
+    with pytest.raises(ValueError, match="leave at least one"):
+        channels.remove(net, SHAPE, {"0": range(8)})
+
+
+class Untraceable(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.conv, self.fc = nn.Conv2d(1, 4, 3), nn.Linear(4, 10)
+
+    def forward(self, x):
+        if x.shape[0] == 1:
+            raise RuntimeError("batches of one are not for me")
+        return self.fc(self.conv(x).mean((2, 3)))
+
+
+def test_a_network_that_cannot_be_traced_is_named():
+    with pytest.raises(ValueError, match="torch-pruning cannot trace Untraceable"):
+        channels.remove(Untraceable(), SHAPE, {"conv": [0]})
+
+
+def test_plan_tells_what_removal_does(net):
+    plan = channels.plan(net, SHAPE, {"0": [0, 1], "4": [3]})
+    smaller = channels.remove(net, SHAPE, {"0": [0, 1], "4": [3]})
+    assert plan.after.tolist() == [smaller[0].out_channels, smaller[4].out_channels] == [6, 15]
+    assert plan["read by"].tolist() == ["4", "9"]
