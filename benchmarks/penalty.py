@@ -143,7 +143,7 @@ def main() -> None:
     tables, deviations = [], {}
     for network in arguments.networks:
         tables.append(measure(network, arguments.repeats, arguments.device))
-        deviations[network] = {share: deviation(network, share, 40, arguments.device) for share in (1.0, 0.25)}
+        deviations[network] = {share: deviation(network, share, 24, arguments.device) for share in (1.0, 0.25)}
     table = pd.concat(tables, ignore_index=True)
     print(f"{device_name()}, torch {torch.__version__}")
     print(table.round(3).to_string(index=False))

@@ -229,12 +229,17 @@ def reestimated(net: nn.Module, data: ImageData, weights: Weights, batches: int 
     return buffers
 
 
-def _loss(net: nn.Module, weights: Weights, images: Tensor, labels: Tensor) -> Tensor:
-    return F.cross_entropy(functional_call(net, weights, (images,)), labels)
+def _loss(net: nn.Module, weights: Weights, images: Tensor, labels: Tensor, goal: Callable = F.cross_entropy) -> Tensor:
+    return goal(functional_call(net, weights, (images,)), labels)
+
+
+def expected_error(logits: Tensor, labels: Tensor) -> Tensor:
+    """Mean of 1 - p(y | x): an attacker's goal that cannot be raised for ever on the same few images, as the loss can."""
+    return 1 - logits.softmax(1).gather(1, labels[:, None]).mean()
 
 
 def flip_bits(net: nn.Module, images: Tensor, labels: Tensor, flips: int, biases: bool = False,
-              stop: Callable[[Weights], bool] | None = None) -> list[tuple[str, int, int, Weights]]:
+              goal: Callable[[Tensor, Tensor], Tensor] = F.cross_entropy) -> list[tuple[str, int, int, Weights]]:
     """The progressive bit-flip attack on 8-bit weights [Rakin et al. 2019], one flip after the other.
 
     Each round takes the gradient of the loss on the given images, ranks in every tensor the flips by their first-order
@@ -244,7 +249,7 @@ def flip_bits(net: nn.Module, images: Tensor, labels: Tensor, flips: int, biases
     ----------
     images, labels : the attacker's batch
     flips : rounds
-    stop : called with the weights after each flip; the attack ends when it returns True
+    goal : function of logits and labels that the attack raises: the loss, as published, or `expected_error`
 
     Returns
     -------
@@ -257,15 +262,13 @@ def flip_bits(net: nn.Module, images: Tensor, labels: Tensor, flips: int, biases
         history, done = [], set()
         for _ in range(flips):
             weights = {name: codes[name].float() * steps[name] for name in codes}
-            best = _best_flip(net, weights, codes, steps, images, labels, done)
+            best = _best_flip(net, weights, codes, steps, images, labels, goal, done)
             if best is None:
                 break
             name, index, bit = best
             done.add(best)
             codes[name] = _with_flip(codes[name], index, bit)
             history.append((name, index, bit, weights | {name: codes[name].float() * steps[name]}))
-            if stop is not None and stop(history[-1][3]):
-                break
     return history
 
 
@@ -276,10 +279,10 @@ def _with_flip(code: Tensor, index: int, bit: int) -> Tensor:
 
 
 def _best_flip(net: nn.Module, weights: Weights, codes: Weights, steps: Weights, images: Tensor, labels: Tensor,
-               done: set) -> tuple[str, int, int] | None:
+               goal: Callable, done: set) -> tuple[str, int, int] | None:
     leaves = {name: w.requires_grad_() for name, w in weights.items()}
     with torch.enable_grad():
-        gradients = torch.autograd.grad(_loss(net, leaves, images, labels), list(leaves.values()))
+        gradients = torch.autograd.grad(_loss(net, leaves, images, labels, goal), list(leaves.values()))
     best, highest = None, -float("inf")
     with torch.no_grad():
         for (name, code), gradient in zip(codes.items(), gradients, strict=True):
@@ -294,7 +297,7 @@ def _best_flip(net: nn.Module, weights: Weights, codes: Weights, steps: Weights,
             if not torch.isfinite(gain[index, bit]):
                 continue
             tried = weights | {name: _with_flip(code, index, bit).float() * steps[name]}
-            if (loss := _loss(net, tried, images, labels).item()) > highest:
+            if (loss := _loss(net, tried, images, labels, goal).item()) > highest:
                 best, highest = (name, index, bit), loss
     return best
 

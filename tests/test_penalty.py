@@ -243,6 +243,47 @@ def test_bfloat16_trains_through_the_double_backward(digits):
     assert history.train_loss.iloc[-1] < history.train_loss.iloc[0]
 
 
+class Step(nn.Module):
+    """A training step as the forward of a module, which is how the trainer hands it to DistributedDataParallel."""
+
+    def __init__(self, net, term):
+        super().__init__()
+        self.net, self.term = net, term
+
+    def forward(self, images, labels):
+        logits = self.net(images)
+        if hasattr(self.term, "objective"):
+            return self.term.objective(self.net, images, labels, logits, F.cross_entropy)
+        return F.cross_entropy(logits, labels) + self.term(self.net, images, labels, logits)
+
+
+def gradients_of_rank(rank, file, folder):
+    torch.set_num_threads(1)
+    torch.distributed.init_process_group("gloo", init_method=f"file://{file}", rank=rank, world_size=2)
+    images, labels = batch(8)
+    part = slice(4 * rank, 4 * rank + 4)
+    for name in ("fisher_trace", "gradient_norm", "sam"):
+        step = nn.parallel.DistributedDataParallel(Step(networks()["mlp"].double(), EACH[name]))
+        torch.manual_seed(rank)
+        step(images[part], labels[part]).backward()
+        torch.save([p.grad for p in step.parameters()], f"{folder}/{name}-{rank}")
+    torch.distributed.destroy_process_group()
+
+
+def test_two_processes_average_the_gradients_of_loss_and_penalty(tmp_path):
+    torch.multiprocessing.spawn(gradients_of_rank, (str(tmp_path / "meet"), str(tmp_path)), nprocs=2)
+    images, labels = batch(8)
+    for name in ("fisher_trace", "gradient_norm", "sam"):
+        alone = []
+        for rank in range(2):
+            part, step = slice(4 * rank, 4 * rank + 4), Step(networks()["mlp"].double(), EACH[name])
+            torch.manual_seed(rank)
+            alone.append(torch.autograd.grad(step(images[part], labels[part]), list(step.parameters())))
+        for rank in range(2):
+            for ours, first, second in zip(torch.load(tmp_path / f"{name}-{rank}"), *alone, strict=True):
+                torch.testing.assert_close(ours, (first + second) / 2)
+
+
 @pytest.mark.parametrize("optimizer", ["adam", "adamw"])
 def test_the_weighted_form_is_a_proximal_step_that_never_enters_the_moments(digits, optimizer):
     batches = ImageData("digits", batch_size=230, limit=256, device="cpu")  # one batch an epoch
