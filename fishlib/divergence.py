@@ -133,7 +133,7 @@ def fit_score(x: Tensor, steps: int = 500, hidden: int = 64, lr: float = 3e-3, b
     _check_rows(x)
     generator = torch.Generator().manual_seed(seed)
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
+        torch.default_generator.manual_seed(seed)  # torch.manual_seed would seed the GPUs as well
         net = nn.Sequential(nn.Linear(x.shape[1], hidden), nn.Softplus(), nn.Linear(hidden, hidden), nn.Softplus(),
                             nn.Linear(hidden, x.shape[1]))
     net = net.to(x.device, x.dtype)

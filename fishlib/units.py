@@ -565,7 +565,7 @@ def prune_units(net: nn.Module, data: ImageData, stages: int = 3, candidates: Se
     active = [position for position, unit in enumerate(net.units) if unit.active]
     settings = {"stages": stages, "candidates": _plain(candidates), "score": _plain(score), "tolerance": tolerance,
                 "head": head, "retrain": _plain(dict(retrain or {})), "decide": decide, "compare": compare, "seed": seed,
-                "data": data.fingerprint, "images": data.size("train"), "network": _digest(net)}
+                "data": data.fingerprint, "images": data.size("train"), "split": data.seed, "network": _digest(net)}
     store = Store(folder, settings)
     done = store.load()
     if not done:
