@@ -49,7 +49,8 @@ def kmeans(weight: Tensor, bits: int, importance: Tensor | None = None) -> Tenso
     """The 2^bits shared values c that minimise sum_i F_i (w_i - c(w_i))^2 as Lloyd's algorithm finds them.
 
     Zeros stay zero and take none of the values: a pruned weight stays pruned. The start is a grid from the lowest to the
-    highest weight (arXiv:1510.00149). F is `importance`, one for each weight by default.
+    highest weight (arXiv:1510.00149). F is `importance`, one for each weight by default; with it the start is the result
+    without it, so that the weighted error is never the higher one.
     """
     labels, centroids = cluster(weight, 2 ** _checked_bits(bits, 1), importance)
     table = torch.cat([centroids.new_zeros(1), centroids]).to(weight)
@@ -67,10 +68,11 @@ def cluster(weight: Tensor, levels: int, importance: Tensor | None = None) -> tu
     if len(found) <= levels:
         labels[chosen] = torch.searchsorted(found, flat[chosen]) + 1
         return labels.view(weight.shape).to(weight.device), found.to(weight)
-    counted = None if importance is None else importance.detach().cpu().double().flatten()[chosen].clamp_min(1e-30)
-    start = np.linspace(float(found[0]), float(found[-1]), levels)[:, None]
-    fitted = KMeans(levels, init=start, n_init=1, max_iter=100).fit(
-        flat[chosen, None].numpy(), sample_weight=None if counted is None else (counted / counted.mean()).numpy())
+    points = flat[chosen, None].numpy()
+    fitted = KMeans(levels, init=np.linspace(points.min(), points.max(), levels)[:, None], n_init=1).fit(points)
+    if importance is not None:
+        counted = importance.detach().cpu().double().flatten()[chosen].clamp_min(1e-30)
+        fitted = KMeans(levels, init=fitted.cluster_centers_, n_init=1, tol=1e-8).fit(points, None, counted / counted.mean())
     labels[chosen] = torch.from_numpy(fitted.labels_).long() + 1
     centroids = torch.from_numpy(fitted.cluster_centers_[:, 0])
     return labels.view(weight.shape).to(weight.device), centroids.to(weight)

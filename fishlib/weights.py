@@ -390,7 +390,8 @@ class Pruning(L.Callback):
     """Remove weights while a network trains: the share removed is s_T - (s_T - s_0) (1 - t)^3, t from 0 to 1.
 
     The schedule is that of Zhu and Gupta (arXiv:1710.01878): fast while there is much to remove, slow near the end; s_0 is
-    the share that is masked already. Use as ``fit(net, data, callbacks=[Pruning(0.95)])``; the masks stay attached to the network that `fit` returns.
+    the share that is masked already. Use as ``fit(net, data, callbacks=[Pruning(0.95)])``; the masks stay attached to the
+    network that `fit` returns.
 
     Parameters
     ----------
