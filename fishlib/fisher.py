@@ -46,15 +46,16 @@ class Softmax:
         if outputs.ndim != 2 or outputs.shape[1] < 2:
             raise ValueError(f"the network has to return logits (N, classes) with two classes or more, got "
                              f"{tuple(outputs.shape)}; for other outputs pass another likelihood")
-        if bool((outputs >= 0).all()) and bool(((outputs.sum(1) - 1).abs() < 1e-5).all()):
+        if float(outputs.min()) >= 0 and bool(((outputs.sum(1) - 1).abs() < 1e-5).all()):
             raise ValueError("the network returns probabilities: take its final softmax away, logits are needed")
         if labels is None:
             return
         if labels.is_floating_point() or labels.dtype == torch.bool or labels.shape != outputs.shape[:1]:
             raise ValueError(f"labels have to be {len(outputs)} class numbers of integer type, got {labels.dtype} "
                              f"{tuple(labels.shape)}")
-        if int(labels.min()) < 0 or int(labels.max()) >= outputs.shape[1]:
-            raise ValueError(f"labels from {int(labels.min())} to {int(labels.max())} are out of range: the network has "
+        low, high = (int(bound) for bound in labels.aminmax())
+        if low < 0 or high >= outputs.shape[1]:
+            raise ValueError(f"labels from {low} to {high} are out of range: the network has "
                              f"{outputs.shape[1]} classes, numbered from 0")
 
     def columns(self, outputs: Tensor) -> Tensor:
@@ -70,12 +71,16 @@ class Softmax:
     def sampled(self, outputs: Tensor, samples: int, generator: torch.Generator) -> Tensor:
         """(N, samples, C): gradients of log p(y | f) for drawn labels y."""
         p = outputs.softmax(1)
-        drawn = torch.multinomial(p.to(generator.device), samples, replacement=True, generator=generator)
-        return F.one_hot(drawn.to(p.device), p.shape[1]).to(p.dtype) - p[:, None]
+        cumulative = p.cumsum(1)
+        uniform = torch.rand(len(p), samples, generator=generator, dtype=p.dtype, device=generator.device).to(p.device)
+        drawn = torch.searchsorted(cumulative, uniform * cumulative[:, -1:], right=True).clamp_max_(p.shape[1] - 1)
+        g = p.neg()[:, None].repeat(1, samples, 1)
+        return g.scatter_add_(2, drawn[..., None], g.new_ones(len(g), samples, 1))
 
     def empirical(self, outputs: Tensor, labels: Tensor) -> Tensor:
         """(N, 1, C): gradients of log p(y | f) at the given labels."""
-        return (F.one_hot(labels.long(), outputs.shape[1]).to(outputs.dtype) - outputs.softmax(1))[:, None]
+        g = outputs.softmax(1).neg_()
+        return g.scatter_add_(1, labels.long()[:, None], g.new_ones(len(g), 1))[:, None]
 
     def divergence(self, outputs: Tensor, others: Tensor) -> Tensor:
         """(N,): KL of the predictions `outputs` from the predictions `others`."""

@@ -83,7 +83,8 @@ class Linear(Rule):
         if role == "bias":
             return outer.sum(0)
         found = torch.empty_like(self.weight)
-        for part in slices(found.shape[1], max(64, CHUNK // (8 * len(g)))):
+        # The squared inputs of some columns at a time, since those of all could take more memory than the result.
+        for part in slices(found.shape[1], max(64, CHUNK // (32 * len(g)))):
             torch.mm(outer.T, self.input[:, part].square(), out=found[:, part])
         return found
 
@@ -426,7 +427,6 @@ def propagate(outputs: Tensor, columns: Tensor, recorder: Recorder, consume: Cal
     count = columns.shape[1]
     merging = {id(use) for use in merged} if count > 1 else set()
 
-    @torch.no_grad()
     def arrived(use: Rule, g: Tensor) -> None:
         kept = waiting[id(use)]
         g = use.compress(_as_parameter(use, g))
@@ -477,12 +477,12 @@ def reduced(outputs: Tensor, columns: Tensor, recorder: Recorder, reduction: str
 
 def _as_parameter(use: Rule, g: Tensor) -> Tensor:
     """Under autocast activations have less precision than parameters, too little for squares."""
-    parameter = next(iter(use.tensors().values()))
-    if g.dtype == parameter.dtype:
+    dtype = (use.bias if use.weight is None else use.weight).dtype
+    if g.dtype == dtype:
         return g
     if use.input.is_floating_point():
-        use.input = use.input.to(parameter.dtype)
-    return g.to(parameter.dtype)
+        use.input = use.input.to(dtype)
+    return g.to(dtype)
 
 
 def _summed(parts: list[tuple[Rule, str, Tensor]], reduction: str) -> Tensor:
