@@ -23,7 +23,6 @@ import torch
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.func import functional_call
-from torch.nn import functional as F
 
 from fishlib.per_sample import Checks, asking, logits, record, reduced, sample_by_sample, slices
 
