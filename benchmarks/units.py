@@ -80,7 +80,7 @@ WAYS = {"forward pass": forward, "fisher_score": score, "direct per-class loop":
 def measure(way: str, images: int) -> dict[str, float]:
     net, data = nets.resnet(56).eval(), RandomImages(images)
     with torch.no_grad():
-        net(torch.zeros(250, 3, 32, 32))
+        net(torch.zeros(2, 3, 32, 32))
     wall, cpu = time.perf_counter(), time.process_time()
     WAYS[way](net, data)
     return {"seconds": time.perf_counter() - wall, "cpu_seconds": time.process_time() - cpu,

@@ -160,7 +160,7 @@ def _branches(net: nn.Module, steps: list[nn.Module], units: list[nn.Module], x:
 
 def fisher_score(net: nn.Module, data: ImageData, density: str = "diagonal", pairs: str = "all", feature: str = "flat",
                  standardise: str = "feature", formula: str = "fisher", images: int = 5000, floor: float = 1e-2,
-                 seed: int = 0, batch_size: int = 250) -> pd.Series:
+                 seed: int = 0, batch_size: int = 125) -> pd.Series:
     """Fisher score of every active unit: ``F(T, Y) = max over ordered pairs (i, j) of D_F(p_i, p_j)``.
 
     p_i is the density of the unit's feature maps T (before the addition) given class i, estimated on training images
@@ -314,7 +314,7 @@ def taylor_score(net: nn.Module, data: ImageData, images: int = 1000, seed: int 
     units = _active(net)
     total = [0.0] * len(units)
     with evaluation_mode(net), torch.enable_grad():
-        for batch, labels in _sample(data, images, 250):
+        for batch, labels in _sample(data, images, 125):
             maps: dict[int, Tensor] = {}
             with _watching(units, maps.__setitem__):
                 logits = net(batch.to(_device(net)).requires_grad_())
@@ -354,7 +354,7 @@ SCORES: dict[str, Callable[..., pd.Series]] = {
 def collect(net: nn.Module, data: ImageData, feature: str = "pooled", standardise: str = "feature",
             images: int = 1000) -> tuple[list[Tensor], Tensor]:
     """Standardised features (N, D) of each active unit, and the labels (N,), of training images without augmentation."""
-    sample = _sample(data, images, 250)
+    sample = _sample(data, images, 125)
     _check_classes(sample.labels)
     parts: list[list[Tensor]] = [[] for _ in _active(net)]
     used = 0
