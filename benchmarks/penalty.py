@@ -114,17 +114,17 @@ def deviation(network: str, share: float, draws: int, device: str) -> float:
     return (values.std() / values.mean()).item()
 
 
-def measure(network: str, repeats: int, device: str) -> pd.DataFrame:
-    memory = {name: peak(network, name, device) for name in VARIANTS}
-    runs = {name: Steps(network, name, device) for name in VARIANTS}
-    times: dict[str, list[float]] = {name: [] for name in VARIANTS}
+def measure(network: str, variants: list[str], repeats: int, device: str) -> pd.DataFrame:
+    memory = {name: peak(network, name, device) for name in variants}
+    runs = {name: Steps(network, name, device) for name in variants}
+    times: dict[str, list[float]] = {name: [] for name in variants}
     for steps in runs.values():
         steps(1)
     for _ in range(repeats):
         for name, steps in runs.items():
             whole_cycle = network == "mlp" or (steps.term and steps.term.every > 1)
             times[name].append(seconds(steps, 8 if whole_cycle else 1))
-    table = pd.DataFrame({"network": network, "penalty": list(VARIANTS),
+    table = pd.DataFrame({"network": network, "penalty": variants,
                           "milliseconds": [1e3 * statistics.median(t) for t in times.values()],
                           "memory_mib": list(memory.values())})
     # Each repeat's own plain step is the reference, so that slow spells of the machine cancel.
@@ -138,28 +138,33 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=7, help="interleaved repeats")
     parser.add_argument("--networks", nargs="+", default=list(NETWORKS), choices=list(NETWORKS))
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", choices=("cpu", "cuda"))
-    parser.add_argument("--out", type=Path, help="file for the numbers")
+    parser.add_argument("--penalties", nargs="+", default=list(VARIANTS), choices=list(VARIANTS))
+    parser.add_argument("--out", type=Path, help="file for the numbers; those of other networks in it stay")
     arguments = parser.parse_args()
-    tables, deviations = [], {}
-    for network in arguments.networks:
-        tables.append(measure(network, arguments.repeats, arguments.device))
-        deviations[network] = {share: deviation(network, share, 24, arguments.device) for share in (1.0, 0.25)}
-    table = pd.concat(tables, ignore_index=True)
     print(f"{device_name()}, torch {torch.__version__}")
-    print(table.round(3).to_string(index=False))
-    for name, bars in BARS.items():
-        for network, bar in zip(NETWORKS, bars, strict=True):
-            for row in table[(table.penalty == name) & (table.network == network)].itertuples():
-                print(f"{name}, {network}: time {row.time_ratio:.2f} (bar {bar}), memory {row.memory_ratio:.2f} (bar 2.5)")
-    for network, by_share in deviations.items():
-        print(f"{network}, relative deviation of a trace: " + ", ".join(f"share {s}: {d:.3f}" for s, d in by_share.items()))
-    if arguments.out:
-        arguments.out.parent.mkdir(parents=True, exist_ok=True)
-        content = {"device": device_name(), "torch": torch.__version__, "repeats": arguments.repeats,
-                   "rows": table.round(4).to_dict("records"), "relative_deviation": deviations}
-        partial = arguments.out.with_suffix(".part")
-        partial.write_text(json.dumps(content, indent=1) + "\n")
-        os.replace(partial, arguments.out)
+    variants = ["plain", *(name for name in arguments.penalties if name != "plain")]
+    for network in arguments.networks:
+        table = measure(network, variants, arguments.repeats, arguments.device)
+        deviations = {str(share): deviation(network, share, 16, arguments.device) for share in (1.0, 0.25)}
+        print(table.round(3).to_string(index=False))
+        for name, bars in BARS.items():
+            for row in table[table.penalty == name].itertuples():
+                bar = bars[list(NETWORKS).index(network)]
+                print(f"{name}: time {row.time_ratio:.2f} (bar {bar}), memory {row.memory_ratio:.2f} (bar 2.5)")
+        print("relative deviation of a trace: " + ", ".join(f"share {s}: {d:.3f}" for s, d in deviations.items()), flush=True)
+        if arguments.out:
+            keep(arguments.out, network, {
+                "device": device_name(), "torch": torch.__version__, "repeats": arguments.repeats,
+                "relative_deviation": deviations, "rows": table.round(4).to_dict("records")})
+
+
+def keep(file: Path, network: str, content: dict) -> None:
+    """Put the numbers of one network into the file, whole or not at all."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    kept = json.loads(file.read_text()) if file.exists() else {}
+    partial = file.with_suffix(".part")
+    partial.write_text(json.dumps(kept | {network: content}, indent=1) + "\n")
+    os.replace(partial, file)
 
 
 if __name__ == "__main__":

@@ -106,6 +106,14 @@ def test_quantisation_is_range_noise_of_its_rounding_error():
     torch.testing.assert_close(penalty.quantization(3)(weight), measured, rtol=1e-3, atol=0)
 
 
+@pytest.mark.parametrize("shape", [(5,), (4, 7), (3, 2, 3, 3)])
+def test_the_range_and_its_gradient_are_those_of_maximum_and_minimum(shape):
+    w = torch.randn(shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64, requires_grad=True)
+    ours, expected = penalty.range_noise(w), (w.max() - w.min()).square()
+    assert torch.equal(ours, expected)
+    torch.testing.assert_close(torch.autograd.grad(ours, w), torch.autograd.grad(expected, w))
+
+
 def test_the_range_form_does_not_change_with_the_scale_of_a_normalised_layer():
     net, (images, _) = networks()["normalised"].double().train(), batch()
 
