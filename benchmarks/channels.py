@@ -48,15 +48,15 @@ def of_relations(images: int) -> dict:
     net, data = nets.vgg(16).eval(), RandomImages(images)
 
     @torch.no_grad()
-    def forward():
+    def one_pass():
         for batch, _ in data.batches("train", 250):
             net(batch)
 
-    one_pass = timed(forward)
+    base = timed(one_pass)
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     matrices = timed(lambda: channels.relations(net, data, "kl", images=images))
     after = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return {"images": images, "forward_s": one_pass, "kl_matrices_s": matrices, "in_forward_passes": matrices / one_pass,
+    return {"images": images, "forward_s": base, "kl_matrices_s": matrices, "in_forward_passes": matrices / base,
             "peak_forward_mb": before / 1024, "peak_mb": after / 1024}
 
 
@@ -70,18 +70,27 @@ def of_pairs(images: int) -> dict:
     return {"channels": len(counts), "at_once_s": at_once, "loop_s": loop, "times_faster": loop / at_once}
 
 
-@torch.no_grad()
 def of_layer(images: int) -> dict:
-    """ChannelConv3d, 64 images of 16 x 16, beside torch's Conv3d with the same weights and beside Conv2d, forward only."""
+    """ChannelConv3d on 64 images of 16 x 16 beside torch's Conv3d with the same weights and Conv2d: a forward pass without
+    gradients, and forward with backward."""
     rows = {}
-    for width, groups in ((32, 8), (64, 8), (64, 4), (128, 4)):
-        layer, x = relations.ChannelConv3d(width, groups), torch.randn(64, width, 16, 16)
-        plain, volume = torch.nn.Conv2d(width, width, 3, padding=1), x.unflatten(1, (groups, -1))
-        times = {"ChannelConv3d": timed(lambda layer=layer, x=x: layer(x), 7),
-                 "Conv3d": timed(lambda layer=layer, volume=volume: layer.conv(volume), 7),
-                 "Conv2d": timed(lambda plain=plain, x=x: plain(x), 7)}
-        rows[f"{width} channels in {groups} groups"] = {name: round(1000 * value, 2) for name, value in times.items()}
-    return {"milliseconds": rows}
+    for width, groups in ((32, 8), (32, 4), (64, 8), (64, 4)):
+        layer, x = relations.ChannelConv3d(width, groups), torch.randn(64, width, 16, 16, requires_grad=True)
+        forms = {"ChannelConv3d": layer, "Conv2d": torch.nn.Conv2d(width, width, 3, padding=1),
+                 "Conv3d": torch.nn.Sequential(torch.nn.Unflatten(1, (groups, -1)), layer.conv)}
+        rows[f"{width} channels in {groups} groups"] = {
+            name: [round(1000 * timed(lambda form=form, run=run, x=x: run(form, x), 7), 2) for run in (forward, train)]
+            for name, form in forms.items()}
+    return {"milliseconds forward, training": rows}
+
+
+@torch.no_grad()
+def forward(form, x):
+    form(x)
+
+
+def train(form, x):
+    form(x).sum().backward()
 
 
 PARTS = {"relations": of_relations, "pairs": of_pairs, "layer": of_layer}

@@ -93,8 +93,8 @@ class LayerStatistics:
 def _histogram(rows: Tensor, scale: float, bins: int, low: float) -> Tensor:
     """Counts (C, bins) of rows (C, M): bin 0 up to ``low * scale``, the last one above ``RANGE * scale``."""
     width = scale * (RANGE - low) / (bins - 2)
-    place = (rows / width).sub_(low * scale / width).ceil_().clamp_(0, bins - 1).long()
-    place += bins * torch.arange(len(rows), device=rows.device)[:, None]
+    place = (rows / width).sub_(low * scale / width).ceil_().clamp_(0, bins - 1).int()
+    place += bins * torch.arange(len(rows), device=rows.device, dtype=torch.int32)[:, None]
     return torch.bincount(place.flatten(), minlength=len(rows) * bins).view(len(rows), bins)
 
 
@@ -158,7 +158,7 @@ def _normalised(products: Tensor, dead: Iterable[int] = ()) -> Tensor:
 
 def activations(net: nn.Module, data: ImageData, layers: Sequence[str] | None = None, reduce: str = "pixels",
                 rectify: bool = True, bins: int = 64, images: int = 5000, grams: bool = False,
-                batch_size: int = 250) -> Activations:
+                cross: bool = True, batch_size: int = 100) -> Activations:
     """Means, covariances and histograms of all channels of the named layers, in one pass over training images.
 
     Memory does not depend on the number of images. Sums are kept in float64, those within a batch in the network's type.
@@ -172,6 +172,7 @@ def activations(net: nn.Module, data: ImageData, layers: Sequence[str] | None = 
     images : number of images, evenly spaced in the training split; all of them if there are fewer
     grams : keep what "cka" needs, too: C products of (batch, batch) matrices, averaged over batches, which biases CKA
         upwards where a batch is small
+    cross : keep correlations between neighbouring layers, too
 
     Raises
     ------
@@ -181,22 +182,20 @@ def activations(net: nn.Module, data: ImageData, layers: Sequence[str] | None = 
     _check_choice("reduce", reduce, REDUCE)
     if bins < 4:
         raise ValueError(f"bins={bins}: a histogram needs at least 4")
-    statistics = {name: LayerStatistics(name) for name in _named(net, layers)}
-    pairs = _Pairs()
+    chosen, statistics, pairs = list(_named(net, layers)), {}, _Pairs()
     sample = _sample(data, images, batch_size)
 
     def take(name: str, maps: Tensor) -> None:
         maps = F.relu(maps) if rectify else maps
-        statistics[name].add(maps, reduce, bins, 0.0 if rectify else -RANGE, grams)
-        pairs.add(name, maps)
+        statistics.setdefault(name, LayerStatistics(name)).add(maps, reduce, bins, 0.0 if rectify else -RANGE, grams)
+        if cross:
+            pairs.add(name, maps)
 
-    with torch.no_grad(), evaluation_mode(net), _watching(net, statistics, take):
+    with torch.no_grad(), evaluation_mode(net), _watching(net, chosen, take):
         for batch, _ in sample:
             pairs.last = None
             net(batch.to(_device(net)))
-    order = sorted(statistics, key=lambda name: pairs.order.get(name, len(statistics)))
-    return Activations({name: statistics[name] for name in order if statistics[name].samples}, pairs.correlations(),
-                       len(sample.labels), reduce)
+    return Activations(statistics, pairs.correlations(), len(sample.labels), reduce)
 
 
 class _Pairs:
@@ -204,16 +203,15 @@ class _Pairs:
 
     def __init__(self) -> None:
         self.last: tuple[str, Tensor] | None = None
-        self.order: dict[str, int] = {}
         self.sums: dict[tuple[str, str], list[Tensor]] = {}
 
     def add(self, name: str, maps: Tensor) -> None:
-        self.order.setdefault(name, len(self.order))
         if self.last is not None:
             before, earlier = self.last
             side = min(earlier.shape[2], maps.shape[2]), min(earlier.shape[3], maps.shape[3])
-            x, y = (F.adaptive_avg_pool2d(one, side).movedim(1, 0).flatten(1).double() for one in (earlier, maps))
-            new = [x @ y.T, x.sum(1), y.sum(1), x.square().sum(1), y.square().sum(1), torch.tensor(float(x.shape[1]))]
+            x, y = (F.adaptive_avg_pool2d(one, side).movedim(1, 0).flatten(1) for one in (earlier, maps))
+            new = [one.double() for one in (x @ y.T, x.sum(1), y.sum(1), x.square().sum(1), y.square().sum(1))]
+            new.append(torch.tensor(x.shape[1]))
             old = self.sums.get((before, name))
             self.sums[before, name] = new if old is None else [a + b for a, b in zip(old, new, strict=True)]
         self.last = name, maps
@@ -245,7 +243,7 @@ def relations(net: nn.Module, data: ImageData, kind: str = "kl", layers: Sequenc
     KL and JS compare how often values occur, not where: two channels with equal histograms may be independent.
     """
     _check_choice("kind", kind, KINDS)
-    found = activations(net, data, layers, grams=kind == "cka", **options)
+    found = activations(net, data, layers, grams=kind == "cka", cross=False, **options)
     return {name: found.relation(name, kind) for name in found.layers}
 
 
@@ -273,7 +271,7 @@ def contribution(net: nn.Module, data: ImageData, layers: Sequence[str] | None =
     """
     found = _named(net, layers)
     sample = _sample(data, images, 500, split)
-    statistics = activations(net, data, list(found), images=images)
+    statistics = activations(net, data, list(found), images=images, cross=False)
     logits = _logits(net, sample)
     norms = {name: conv.weight.abs().flatten(1).sum(1) for name, (conv, _) in found.items()}
     rows, before = [], None
@@ -377,7 +375,7 @@ def choose(net: nn.Module, data: ImageData, criterion: str = "kl", share: float 
     found = _named(net, removable(net, data.shape) if layers is None else layers)
     counts = {name: int(share * conv.out_channels) for name, (conv, _) in found.items()}
     if criterion in KINDS:
-        statistics = activations(net, data, list(found), images=images, grams=criterion == "cka")
+        statistics = activations(net, data, list(found), images=images, grams=criterion == "cka", cross=False)
         return {name: redundant(statistics.relation(name, criterion), criterion, counts[name], layer.dead)
                 for name, layer in statistics.layers.items()}
     values = scores(net, data, criterion, list(found), images, seed)
@@ -485,7 +483,7 @@ def remove(net: nn.Module, shape: Sequence[int], channels: Mapping[str, Iterable
     device = _device(smaller)
     flags = [parameter.requires_grad for parameter in smaller.parameters()]
     smaller.cpu().requires_grad_()
-    masks = _reader_masks(net, shape, chosen)
+    masks = reader_masks(net, shape, chosen)
     graph, modules = _graph(smaller, shape), dict(smaller.named_modules())
     for name, positions in chosen.items():
         if positions:
@@ -535,7 +533,7 @@ def _checked(net: nn.Module, channels: Mapping[str, Iterable[int]]) -> dict[str,
     return chosen
 
 
-def _reader_masks(net: nn.Module, shape: Sequence[int], chosen: Mapping[str, list[int]]) -> dict[str, set[int]]:
+def reader_masks(net: nn.Module, shape: Sequence[int], chosen: Mapping[str, list[int]]) -> dict[str, set[int]]:
     """For every layer that reads a removed channel, the positions among its inputs."""
     net = copy.deepcopy(net).cpu()
     graph, modules = _graph(net, shape), dict(net.named_modules())

@@ -34,11 +34,8 @@ class ChannelConv3d(nn.Module):
     depth : d, its extent along the channels; odd
     mix : a 1 x 1 convolution of C to C channels first
     order : fixed order in which the channels lie along the axis, as positions; by default their own
-
-    Notes
-    -----
-    It runs as one 2-D convolution over C channels whose weight is the banded matrix of the 3-D kernel wherever that is
-    faster; both forms give the same outputs. See `dense`.
+    dense : run as one 2-D convolution whose weight is the banded matrix of the 3-D kernel; by default where gradients are
+        wanted, since that is faster backwards, and as a 3-D convolution elsewhere. Both forms give the same outputs
     """
 
     def __init__(self, channels: int, groups_in: int = 8, groups_out: int | None = None, kernel: int = 3, depth: int = 3,
@@ -54,7 +51,7 @@ class ChannelConv3d(nn.Module):
             raise ValueError(f"order has to name each of the channels 0 to {channels - 1} once")
         self.channels, self.groups_in, self.groups_out, self.stride = channels, groups_in, groups_out, stride
         self.depth = channels // groups_in
-        self.dense = self.depth <= 16 if dense is None else dense
+        self.dense = dense
         self.mix = nn.Conv2d(channels, channels, 1, bias=False) if mix else nn.Identity()
         self.conv = nn.Conv3d(groups_in, groups_out, (depth, kernel, kernel), (1, stride, stride),
                               (depth // 2, kernel // 2, kernel // 2), bias=bias)
@@ -72,7 +69,7 @@ class ChannelConv3d(nn.Module):
         x = self.mix(x)
         if self.order is not None:
             x = x[:, self.order]
-        if self.dense:
+        if self.conv.weight.requires_grad and torch.is_grad_enabled() if self.dense is None else self.dense:
             bias = None if self.conv.bias is None else self.conv.bias.repeat_interleave(self.depth)
             return F.conv2d(x, self.banded_weight(), bias, self.stride, self.conv.padding[1:])
         return self.conv(x.unflatten(1, (self.groups_in, self.depth))).flatten(1, 2)

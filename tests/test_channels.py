@@ -223,7 +223,7 @@ def test_fpgm_and_rank_are_what_they_are_named_for(net, data):
 def test_removal_gives_the_outputs_of_the_masked_network_from_fewer_weights(any_net):
     chosen = {name: [1, 2] for name in channels.removable(any_net, SHAPE)}
     smaller = channels.remove(any_net, SHAPE, chosen)
-    masks = channels._reader_masks(any_net, SHAPE, chosen)
+    masks = channels.reader_masks(any_net, SHAPE, chosen)
     images = torch.randn(5, *SHAPE, generator=torch.Generator().manual_seed(1))
     expected = channels.masked_logits(any_net, images, masks)
     with torch.no_grad():
