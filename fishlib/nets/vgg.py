@@ -75,7 +75,7 @@ class VGG(nn.Module):
 
 
 def vgg(depth: int = 16, classes: int = 10, channels: int = 3, width: int = 64) -> VGG:
-    """VGG with `depth` 11, 13, 16 or 19 and one linear layer: VGG-16 has 14,723,136 + 513 `classes` parameters.
+    """VGG with `depth` 11, 13, 16 or 19 and one linear layer: VGG-16 has 14,718,912 + 513 `classes` parameters.
 
     Its first convolution is the stem; each of the other ones, with BatchNorm and ReLU, is a unit.
 
