@@ -14,6 +14,7 @@ from __future__ import annotations
 import ast
 import io
 import json
+import linecache
 import math
 import os
 import platform
@@ -144,7 +145,7 @@ def start(seed: int | None = None) -> SimpleNamespace:
     import torch
 
     shell = _shell()
-    parameters = _parameters_in(shell.user_ns.get("In", [])) if shell else {}
+    parameters = _parameters_in(_cells(shell)) if shell else {}
     values = {name: parameter.check(shell.user_ns.get(name, parameter.default))
               for name, parameter in parameters.items()}
     if shell:
@@ -166,6 +167,12 @@ def _shell() -> Any:
     except ImportError:
         return None
     return get_ipython()
+
+
+def _cells(shell: Any) -> list[str]:
+    """Sources of the cells that were run: from the history, and for runs that keep none (nbval's) from the compiler's cache."""
+    compiled = ["".join(entry[2]) for name, entry in linecache.cache.items() if "ipykernel" in name and len(entry) == 4]
+    return [*shell.user_ns.get("In", []), *compiled]
 
 
 def _parameters_in(cells: list[str]) -> dict[str, Parameter]:
