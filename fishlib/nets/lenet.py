@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import pairwise
 
 from torch import nn
 
@@ -37,11 +38,11 @@ def classic_lenet5(classes: int = 10, shape: Sequence[int] = (1, 28, 28)) -> nn.
 
 
 def small_cnn(classes: int = 10, shape: Sequence[int] = (1, 8, 8), width: int = 16) -> nn.Sequential:
-    """Two 3 x 3 convolutions with BatchNorm, of `width` and twice `width` maps, for images of 8 x 8 pixels and up."""
-    channels = shape[0]
-    return nn.Sequential(
-        *_block(channels, width), nn.MaxPool2d(2), *_block(width, 2 * width),
-        nn.AdaptiveAvgPool2d(2), nn.Flatten(), nn.Linear(8 * width, classes))
+    """3 x 3 convolutions with BatchNorm, of `width` and twice `width` maps; from 16 x 16 pixels on a third, of four times."""
+    widths = [shape[0], width, 2 * width] + ([4 * width] if min(shape[1:]) >= 16 else [])
+    blocks = [nn.Sequential(*_block(*pair)) for pair in pairwise(widths)]
+    layers = [layer for block in blocks for layer in (*block, nn.MaxPool2d(2))][:-1]
+    return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(2), nn.Flatten(), nn.Linear(4 * widths[-1], classes))
 
 
 def _block(before: int, after: int) -> tuple[nn.Module, ...]:
