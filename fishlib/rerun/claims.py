@@ -279,16 +279,17 @@ def _conditions(content: Mapping[str, Any], parameters: Mapping[str, Any]) -> st
 
 
 def table(book: Book | None = None, found: Sequence[dict[str, Any]] | None = None) -> pd.DataFrame:
-    """All claims with their verdicts, a row each; `published` is the published accuracy, where there is one."""
+    """All claims with their verdicts, a row each; `published` says accuracy and conditions, where a number is published."""
     import pandas as pd
 
     book, found = book or load(), stored() if found is None else found
     rows = []
     for claim in book.claims.values():
         said = verdict(claim, book, found)
-        accuracy = book.published.get(claim.published, {}).get("accuracy")
+        row = book.published.get(claim.published)
+        beside = "{accuracy:.2%} ({network}, {dataset}: {method})".format(**row) if row and row["accuracy"] > 0 else ""
         rows.append({"claim": claim.id, "proposal": claim.proposal, "item": claim.item, "words": claim.claim,
-                     "published": accuracy, "verdict": said.word, "confidence": said.confidence,
+                     "published": beside, "verdict": said.word, "confidence": said.confidence,
                      "provisional": said.provisional, "measured": said.measured, "conditions": said.conditions,
                      "bar": claim.bar, "run": claim.run or "",
                      "chapter": book.experiments[claim.run].chapter if claim.run else ""})
