@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import ast
 import hashlib
 import json
 import os
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -133,6 +134,35 @@ def library(package: Path = PACKAGE) -> str:
     return _digest_of_files(package.parent, [*files, *([pins] if pins.is_file() else [])])
 
 
+def imported(sources: Sequence[str], package: Path = PACKAGE) -> list[str]:
+    """Hashes of the modules of `package` that code imports, directly or through one another; of a subpackage all files.
+
+    What only runs chapters is left out, as in `library`.
+    """
+    waiting, found = list(sources), {}
+    while waiting:
+        for name in _names(waiting.pop(), package.name):
+            files = [package / f"{name}.py"] if not (package / name).is_dir() else sorted((package / name).glob("*.py"))
+            for file in files:
+                if name != "rerun" and file not in found and file.is_file():
+                    found[file] = _digest(file.read_bytes())
+                    waiting.append(file.read_text(encoding="utf-8"))
+    return [f"{file.relative_to(package).as_posix()} {found[file]}" for file in sorted(found)]
+
+
+def _names(source: str, package: str) -> set[str]:
+    """The modules right below the package that a source imports; those of relative imports as seen from the package."""
+    names = set()
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            names |= {alias.name.split(".")[1] for alias in node.names if alias.name.startswith(f"{package}.")}
+        elif isinstance(node, ast.ImportFrom):
+            module = (node.module or "") if node.level else (node.module or "").removeprefix(package).removeprefix(".")
+            if node.level or (node.module or "").split(".")[0] == package:
+                names |= {module.split(".")[0]} if module else {alias.name for alias in node.names}
+    return names
+
+
 def data_content(dataset: str | None) -> str | None:
     """The content of a data set on disk: of an npz file the checksums that it holds, of a folder all its files.
 
@@ -182,9 +212,13 @@ def _folder_content(folder: Path) -> str:
 
 
 def given_data(root: Path = ROOT) -> str:
-    """Hash of what `data/` gives to the chapters beside images: published numbers and the records of stored runs."""
-    data = root / "data"
-    return _digest_of_files(data, [*sorted(data.glob("*.csv")), *sorted((data / "runs").rglob("*.json"))])
+    """Hash of what `data/` gives to the chapters beside images: published numbers, claims, the records of stored runs.
+
+    With it the module that judges the claims, which is no part of `library`.
+    """
+    data, judge = root / "data", root / "fishlib" / "rerun" / "claims.py"
+    given = [*sorted(data.glob("*.csv")), *sorted(data.glob("*.yml")), *sorted((data / "runs").rglob("*.json"))]
+    return _digest_of_files(root, [*given, *([judge] if judge.is_file() else [])])
 
 
 def _digest_of_files(root: Path, files: list[Path]) -> str:
@@ -192,6 +226,11 @@ def _digest_of_files(root: Path, files: list[Path]) -> str:
     for file in files:
         total.update(f"{file.relative_to(root).as_posix()}\0{_digest(file.read_bytes())}\n".encode())
     return total.hexdigest()
+
+
+def digest(text: str) -> str:
+    """SHA-256 of a text, in hexadecimal digits."""
+    return _digest(text.encode())
 
 
 def _digest(content: bytes) -> str:

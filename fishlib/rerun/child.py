@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from fishlib import notebook
-from fishlib.rerun import chapters
+from fishlib.rerun import chapters, claims
 from fishlib.rerun.run import Run, RunFailed, plain, write
 
 
@@ -106,6 +106,7 @@ def publish(run: Run, executed: Any, given_data: str, seconds: float) -> None:
     records, provenance = collect(executed)
     provenance = _fallback(run, seconds) | provenance | {
         "profile": run.profile, "identity": run.identity, "library": chapters.library(), "given_data": given_data,
+        **vars(claims.mark(run.chapter)),
         "seconds": round(seconds, 1), "finished": datetime.now(UTC).isoformat(timespec="seconds")}
     results = {"chapter": run.chapter.stem, "parameters": run.parameters, "records": records, "provenance": provenance}
     text = json.dumps(results, indent=1, ensure_ascii=False) + "\n"

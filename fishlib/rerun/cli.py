@@ -191,6 +191,37 @@ def _short(path: Path) -> str:
 
 
 @main.command()
+def claims() -> None:
+    """List the claims of the proposals with their verdicts, and the runs that decide them.
+
+    A record is current, stale (the code that the chapter runs and the quick results in the chapter have both changed since
+    it was made) or missing; each run is shown with its expected time and the command that makes and stores it.
+    """
+    from fishlib.rerun import claims as judging
+
+    with checking():
+        book, found = judging.load(), judging.stored()
+        states = {name: judging.state(one, found) for name, one in book.experiments.items()}
+        table = judging.table(book, found)
+    rows = [["claim", "record", "verdict", "confidence", "a smaller run says", "run"]]
+    rows += [[row.claim, states.get(row.run, "none"), row.verdict, row.confidence, row.provisional, row.run]
+             for row in table.itertuples()]
+    _columns(rows)
+    click.echo()
+    _columns([["run", "record", "one GPU", "two cores", "command"], *(
+        [one.id, states[one.id], _duration(60 * one.gpu), _duration(60 * one.cpu), one.command]
+        for one in book.experiments.values())])
+    counts = table.verdict.value_counts()
+    click.echo("\n" + ", ".join(f"{word}: {counts.get(word, 0)}" for word in judging.VERDICTS))
+
+
+def _columns(rows: Sequence[Sequence[str]]) -> None:
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    for row in rows:
+        click.echo("  ".join(text.ljust(width) for text, width in zip(row, widths, strict=True)).rstrip())
+
+
+@main.command()
 @click.argument("name", metavar="CHAPTER")
 def params(name: str) -> None:
     """List a chapter's parameters: type, default, valid values, meaning, and what its profiles change."""
@@ -202,9 +233,7 @@ def params(name: str) -> None:
         values = [repr(settled[parameter.name]) for settled in others.values()]
         rows.append([parameter.name, parameter.kind.__name__, repr(parameter.default), *values, _valid(parameter),
                      parameter.help])
-    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
-    for row in rows:
-        click.echo("  ".join(text.ljust(width) for text, width in zip(row, widths, strict=True)).rstrip())
+    _columns(rows)
 
 
 def _valid(parameter: Any) -> str:

@@ -1,0 +1,360 @@
+"""The claims of the two proposals beside the runs that decide them: what is stored, what is stale, what is missing.
+
+`data/claims.yml` names the claims and their runs. A run counts as *stored* when `data/runs` holds results of its chapter
+with its parameters; results of the same chapter and data set with other parameters are a *smaller run*, which never
+decides a claim and at most points to a verdict. A run at the quick profile stands in the chapter itself.
+
+A stored run is **stale** when both have changed since it was made: the code that its chapter runs (its cells and the
+modules of fishlib that they import, directly or through one another) and the quick results that stand in the chapter. New
+code that leaves the quick results alone makes nothing stale; nor do quick results that only another machine has changed.
+"""
+
+from __future__ import annotations
+
+import ast
+import io
+import json
+import subprocess
+import tarfile
+import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cache
+from pathlib import Path
+from types import SimpleNamespace
+from typing import TYPE_CHECKING, Any
+
+from fishlib.rerun import chapters
+from fishlib.rerun import run as runs
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+FILE = chapters.ROOT / "data" / "claims.yml"
+PUBLISHED = chapters.ROOT / "data" / "published.csv"
+STORED = chapters.ROOT / "data" / "runs"
+VERDICTS = ("holds", "holds in part", "does not hold", "not yet run")
+# What a run may differ in and still be the same experiment: where it keeps unfinished work.
+PLACES = ("storage",)
+FEW = 3  # seeds from which a verdict is of high confidence
+ALLOWED = (ast.Expression, ast.BoolOp, ast.And, ast.Or, ast.UnaryOp, ast.Not, ast.USub, ast.BinOp, ast.Add, ast.Sub, ast.Mult,
+           ast.Div, ast.Compare, ast.Lt, ast.LtE, ast.Gt, ast.GtE, ast.Eq, ast.NotEq, ast.In, ast.NotIn, ast.Name, ast.Load,
+           ast.Constant, ast.Subscript, ast.Call)
+FUNCTIONS = {"abs": abs, "len": len, "max": max, "min": min}
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """A run that decides claims: its chapter, profile and parameters, and minutes expected on a GPU and two CPU cores."""
+
+    id: str
+    chapter: str
+    profile: str
+    gpu: float
+    cpu: float
+    parameters: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def command(self) -> str:
+        """What makes and stores it."""
+        return f"fishlib run {self.chapter}" if self.profile == "quick" else f"fishlib run --claims {self.id}"
+
+
+@dataclass(frozen=True)
+class Claim:
+    """A claim in the book's words, and the bar that decides it; see `data/claims.yml` for the fields."""
+
+    id: str
+    proposal: str
+    item: int
+    claim: str
+    bar: str
+    run: str | None = None
+    published: str | None = None
+    decides: str = ""
+    holds: str = ""
+    in_part: str = ""
+    why: str = ""
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """`word` is one of `VERDICTS` and comes from a run of full size; `provisional` is what a smaller run points to."""
+
+    word: str
+    confidence: str
+    measured: str = ""
+    provisional: str = ""
+    conditions: str = ""
+
+
+@dataclass(frozen=True)
+class Book:
+    """All claims and all experiments, by id, and the published rows that they name."""
+
+    claims: dict[str, Claim]
+    experiments: dict[str, Experiment]
+    published: dict[str, dict[str, Any]]
+
+
+def load(file: Path = FILE, published: Path = PUBLISHED) -> Book:
+    """Read and check `claims.yml`.
+
+    Raises
+    ------
+    ValueError
+        a field that is unknown or missing, an id given twice, a run or a published row that does not exist, a condition
+        that cannot be read; the message names the entry
+    """
+    import pandas as pd
+    import yaml
+
+    content = yaml.safe_load(file.read_text(encoding="utf-8"))
+    rows = {row["id"]: row for row in pd.read_csv(published).to_dict("records")}
+    experiments = {name: _entry(Experiment, name, {"id": name} | values) for name, values in content["runs"].items()}
+    claims = {}
+    for values in content["claims"]:
+        claim = _entry(Claim, values.get("id"), values)
+        if claim.id in claims:
+            raise ValueError(f"claims.yml: the id {claim.id} is given twice")
+        _check(claim, experiments, rows)
+        claims[claim.id] = claim
+    return Book(claims, experiments, rows)
+
+
+def _entry(kind: type, name: Any, values: Mapping[str, Any]) -> Any:
+    try:
+        return kind(**values)
+    except TypeError as error:
+        raise ValueError(f"claims.yml, {name}: {error}") from error
+
+
+def _check(claim: Claim, experiments: Mapping[str, Experiment], rows: Mapping[str, Any]) -> None:
+    if claim.run is not None and claim.run not in experiments:
+        raise ValueError(f"claims.yml, {claim.id}: there is no run {claim.run!r}; use one of {', '.join(experiments)}")
+    if claim.published is not None and claim.published not in rows:
+        raise ValueError(f"claims.yml, {claim.id}: published.csv has no row {claim.published!r}")
+    if not (claim.run and claim.holds) and not claim.why:
+        raise ValueError(f"claims.yml, {claim.id}: name a run and a condition `holds`, or say `why` there is none")
+    for text in (claim.holds, claim.in_part, *_decides(claim)):
+        try:
+            _parse(text or "True")
+        except (SyntaxError, ValueError) as error:
+            raise ValueError(f"claims.yml, {claim.id}: {text!r} is not a condition over records ({error})") from error
+
+
+def _decides(claim: Claim) -> list[str]:
+    return [part.strip() for part in claim.decides.split(",") if part.strip()]
+
+
+def _parse(text: str) -> ast.Expression:
+    tree = ast.parse(text.strip(), mode="eval")
+    for node in ast.walk(tree):
+        if not isinstance(node, ALLOWED):
+            raise ValueError(f"{type(node).__name__} is not allowed")
+        if isinstance(node, ast.Call) and not (isinstance(node.func, ast.Name) and node.func.id in FUNCTIONS):
+            raise ValueError(f"the only functions are {', '.join(FUNCTIONS)}")
+    return tree
+
+
+def value(text: str, records: Mapping[str, Any]) -> Any:
+    """An arithmetic expression or a condition over records, for instance ``lost["half"] < 0.5 and seeds > 2``.
+
+    Raises
+    ------
+    ValueError
+        something other than arithmetic and comparisons
+    LookupError
+        a record that is not there
+    """
+    try:
+        return eval(compile(_parse(text), "<claim>", "eval"), {"__builtins__": {}} | FUNCTIONS, dict(records))
+    except NameError as error:
+        raise LookupError(str(error)) from error
+
+
+def stored(folder: Path | None = None) -> list[dict[str, Any]]:
+    """The contents of all results.json below a folder, by default `data/runs`; without those that are damaged."""
+    found = []
+    for file in sorted((folder or STORED).rglob("results.json")):
+        try:
+            content = json.loads(file.read_text(encoding="utf-8"))
+            content["records"], content["parameters"], content["provenance"], content["chapter"]
+        except (ValueError, KeyError, TypeError):
+            continue  # `fishlib results` names it
+        found.append(content)
+    return found
+
+
+def planned(experiment: Experiment) -> runs.Run | None:
+    """The run of an experiment, nothing executed; None while its chapter is not there.
+
+    Raises
+    ------
+    ValueError
+        a profile or parameters that the chapter does not have
+    """
+    if not (chapters.CHAPTERS / f"{experiment.chapter}.ipynb").is_file():
+        return None
+    return runs.plan(chapters.load(experiment.chapter), experiment.profile, experiment.parameters)
+
+
+def results(experiment: Experiment, found: Sequence[dict[str, Any]]) -> tuple[dict[str, Any] | None, bool]:
+    """The results that an experiment has, and whether they are of full size.
+
+    Of smaller runs, those on the same data set with a network of the same family count, and of these the one that shares
+    most parameters.
+    """
+    if experiment.profile == "quick":
+        content = in_chapter(experiment.chapter)
+        return content, content is not None
+    plan = planned(experiment)
+    if plan is None:
+        return None, False
+    alike = [content for content in found if content["chapter"] == experiment.chapter
+             and _subject(content["parameters"]) == _subject(plan.parameters)]
+    best = min(alike, key=lambda content: len(differences(content, plan.parameters)), default=None)
+    return best, best is not None and not differences(best, plan.parameters)
+
+
+def _subject(parameters: Mapping[str, Any]) -> tuple[Any, str]:
+    """Data set and family of the network: resnet20 and resnet110 are of one family."""
+    return parameters.get("dataset"), str(parameters.get("network", "")).rstrip("0123456789")
+
+
+def differences(content: Mapping[str, Any], parameters: Mapping[str, Any]) -> dict[str, Any]:
+    """The parameters of stored results that are not those of a plan, with the values that they had."""
+    had = content["parameters"]
+    return {name: had[name] for name in parameters if name not in PLACES and name in had and had[name] != parameters[name]}
+
+
+def in_chapter(stem: str) -> dict[str, Any] | None:
+    """The results of the quick profile that stand in the chapter's own outputs; None without the chapter or outputs."""
+    from fishlib.rerun import child
+
+    path = chapters.CHAPTERS / f"{stem}.ipynb"
+    records = child.collect(chapters.read(path))[0] if path.is_file() else {}
+    return {"chapter": stem, "parameters": {}, "records": records, "provenance": {"profile": "quick"}} if records else None
+
+
+def verdict(claim: Claim, book: Book, found: Sequence[dict[str, Any]]) -> Verdict:
+    """What the results at hand say of a claim.
+
+    Of high confidence is a run of full size with three seeds or more, or exact arithmetic; of medium confidence a run of
+    full size with fewer seeds. A smaller run gives a provisional word, of low confidence, unless the bar is a published
+    number, which is one of full size.
+    """
+    if not claim.run or not claim.holds:
+        return Verdict(VERDICTS[3], "none", conditions=claim.why)
+    experiment = book.experiments[claim.run]
+    content, full = results(experiment, found)
+    if content is None:
+        return Verdict(VERDICTS[3], "none")
+    if not full and "published" in claim.holds:
+        return Verdict(VERDICTS[3], "none", conditions="the bar is one of full size, and only a smaller run is stored")
+    names = content["records"] | {"published": book.published.get(claim.published, {})}
+    try:
+        word = next((word for word, text in ((VERDICTS[0], claim.holds), (VERDICTS[1], claim.in_part))
+                     if text and value(text, names)), VERDICTS[2])
+        measured = ", ".join(f"{_label(text)} {_shown(value(text, names))}" for text in _decides(claim))
+    except (LookupError, TypeError) as error:
+        return Verdict(VERDICTS[3], "none", conditions=f"the stored run does not decide it: {error}")
+    if full:
+        exact = experiment.profile == "quick" or content["parameters"].get("seeds", 1) >= FEW
+        return Verdict(word, "high" if exact else "medium", measured, conditions=f"profile {experiment.profile}")
+    return Verdict(VERDICTS[3], "low", measured, word, _conditions(content, planned(experiment).parameters))
+
+
+def _label(text: str) -> str:
+    return text.replace('"]["', ", ").replace('["', " (").replace('"]', ")")
+
+
+def _shown(number: Any) -> str:
+    return f"{number:.4g}" if isinstance(number, float) else str(number)
+
+
+def _conditions(content: Mapping[str, Any], parameters: Mapping[str, Any]) -> str:
+    other = differences(content, parameters)
+    return "with " + ", ".join(f"{name} {value}" for name, value in other.items())
+
+
+def table(book: Book | None = None, found: Sequence[dict[str, Any]] | None = None) -> pd.DataFrame:
+    """All claims with their verdicts, a row each; `published` says accuracy and conditions, where a number is published."""
+    import pandas as pd
+
+    book, found = book or load(), stored() if found is None else found
+    rows = []
+    for claim in book.claims.values():
+        said = verdict(claim, book, found)
+        row = book.published.get(claim.published)
+        beside = "{accuracy:.2%} ({network}, {dataset}: {method})".format(**row) if row and row["accuracy"] > 0 else ""
+        rows.append({"claim": claim.id, "proposal": claim.proposal, "item": claim.item, "words": claim.claim,
+                     "published": beside, "verdict": said.word, "confidence": said.confidence,
+                     "provisional": said.provisional, "measured": said.measured, "conditions": said.conditions,
+                     "bar": claim.bar, "run": claim.run or "",
+                     "chapter": book.experiments[claim.run].chapter if claim.run else ""})
+    return pd.DataFrame(rows)
+
+
+def state(experiment: Experiment, found: Sequence[dict[str, Any]]) -> str:
+    """Of the record of an experiment: "current", "stale", "missing", or "no chapter"."""
+    if planned(experiment) is None:
+        return "no chapter"
+    content, full = results(experiment, found)
+    if content is None or not full:
+        return "missing"
+    return "current" if experiment.profile == "quick" or _is_current(content) else "stale"
+
+
+def _is_current(content: Mapping[str, Any]) -> bool:
+    now, then = mark(chapters.CHAPTERS / f"{content['chapter']}.ipynb"), _mark_then(content)
+    return then is not None and (now.code == then.code or (now.quick is not None and now.quick == then.quick))
+
+
+def mark(chapter: Path, package: Path = chapters.PACKAGE) -> SimpleNamespace:
+    """`code`: hash of what a chapter runs; `quick`: hash of the results that stand in it. Both change by need only.
+
+    Results are compared by three significant digits; whole numbers, text and times are left out. `quick` is None for a
+    chapter without results.
+    """
+    from fishlib.rerun import child
+
+    book = chapters.read(chapter)
+    cells = [cell.source for cell in book.cells if cell.cell_type == "code"]
+    code = chapters.digest(json.dumps([cells, chapters.imported(cells, package)]))
+    records = child.collect(book)[0]
+    quick = chapters.digest(json.dumps(_floats(records), sort_keys=True))[:16] if records else None
+    return SimpleNamespace(code=code[:16], quick=quick)
+
+
+def _floats(item: Any) -> Any:
+    if isinstance(item, dict):
+        timed = ("duration", "seconds", "cost_ratio")  # the names under which chapters record times
+        return {name: _floats(inner) for name, inner in item.items() if name not in timed}
+    if isinstance(item, list):
+        return [_floats(inner) for inner in item]
+    return f"{item:.2e}" if isinstance(item, float) else None
+
+
+def _mark_then(content: Mapping[str, Any]) -> SimpleNamespace | None:
+    """The mark of stored results: as they say themselves, or else from the commit that made them; None if unknown."""
+    provenance = content["provenance"]
+    if "code" in provenance:
+        return SimpleNamespace(code=provenance["code"], quick=provenance["quick"])
+    if not provenance.get("commit"):
+        return None
+    return _mark_at(provenance["commit"], content["chapter"], provenance.get("library"))
+
+
+@cache
+def _mark_at(commit: str, stem: str, library: str | None) -> SimpleNamespace | None:
+    names = ["fishlib", "constraints.txt", f"chapters/{stem}.ipynb"]
+    archive = subprocess.run(["git", "-C", str(chapters.ROOT), "archive", commit, *names], capture_output=True)
+    if archive.returncode:
+        return None  # no repository, or a commit that it does not have
+    with tempfile.TemporaryDirectory() as folder:
+        with tarfile.open(fileobj=io.BytesIO(archive.stdout)) as tree:
+            tree.extractall(folder, filter="data")
+        package = Path(folder) / "fishlib"
+        # The library may have had changes that were not committed.
+        return mark(Path(folder) / names[-1], package) if chapters.library(package) == library else None
