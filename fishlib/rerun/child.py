@@ -39,8 +39,9 @@ def main() -> None:
         given, started = chapters.given_data(), time.monotonic()
         executed = execute(run, scratch, report)
         publish(run, executed, given, time.monotonic() - started)
-    except RunFailed as error:
-        report(error=str(error))
+    except (RunFailed, OSError) as error:
+        report(error=f"{error}" if isinstance(error, RunFailed) else f"its result could not be written ({error}): make room, "
+                                                                     "or name a folder that can be written to")
         sys.exit(1)
 
 
