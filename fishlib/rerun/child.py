@@ -39,9 +39,11 @@ def main() -> None:
         given, started = chapters.given_data(), time.monotonic()
         executed = execute(run, scratch, report)
         publish(run, executed, given, time.monotonic() - started)
-    except (RunFailed, OSError) as error:
-        report(error=f"{error}" if isinstance(error, RunFailed) else f"its result could not be written ({error}): make room, "
-                                                                     "or name a folder that can be written to")
+    except RunFailed as error:
+        report(error=str(error))
+        sys.exit(1)
+    except OSError as error:
+        report(error=f"its notebook or results could not be written ({error}): make room, or name another folder")
         sys.exit(1)
 
 

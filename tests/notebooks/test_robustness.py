@@ -10,6 +10,7 @@ import tarfile
 from contextlib import contextmanager
 from pathlib import Path
 
+import nbformat
 import numpy as np
 import pandas as pd
 import pytest
@@ -101,8 +102,14 @@ def test_run_on_a_full_disk_fails_with_one_sentence_and_leaves_no_result(tmp_pat
                       preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (1_000_000, 1_000_000)))
     told, _ = process.communicate(timeout=120)
     assert process.returncode == 1
+    assert "could not be written" in told
     assert "File too large" in told
-    assert content(tmp_path / "out") == {}
+    assert "Traceback" not in told
+    # What there is of the notebook is kept under another name, if it is whole.
+    assert not (tmp_path / "out" / "results.json").exists()
+    for file in (tmp_path / "out").glob("*"):
+        assert file.name.endswith(".failed.ipynb")
+        nbformat.read(file, 4)
 
 
 def test_run_into_a_folder_that_cannot_be_made_says_so(tmp_path, chapter):
