@@ -1,7 +1,7 @@
 # Two commands matter: `make book` builds the site, `make test` runs every test.
 PYTHON ?= python3
 BIN := .venv/bin
-EXTRAS := book,onnx,sweep,slurm,test
+EXTRAS := book,browser,onnx,sweep,slurm,test
 CHAPTERS := $(sort $(wildcard chapters/[0-9]*.ipynb))
 # Byte-compiled libraries import three times as fast in every kernel.
 unexport PYTHONDONTWRITEBYTECODE

@@ -6,6 +6,7 @@ Exit status: 0 when all is done; 1 when a run or the rendering failed; 2 when th
 
 from __future__ import annotations
 
+import errno
 import os
 import shlex
 import shutil
@@ -53,7 +54,24 @@ class Display:
             click.echo(f"\r\x1b[2K{text[: shutil.get_terminal_size().columns - 1]}", nl=False)
 
 
-@click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
+class Commands(click.Group):
+    """A full disk, a folder that is closed to writing and Ctrl-C end every command with one line that says so."""
+
+    def invoke(self, context: click.Context) -> Any:
+        try:
+            return super().invoke(context)
+        except KeyboardInterrupt:
+            click.echo("interrupted: nothing half-written was left", err=True)
+            sys.exit(130)
+        except OSError as error:
+            if error.errno == errno.EPIPE:
+                raise  # the reader of our output has gone, which click ends quietly
+            place = f": {error.filename2 or error.filename}" if error.filename else ""
+            raise click.ClickException(f"{error.strerror or error}{place}; nothing half-written was left. Make room, or "
+                                       "name a folder that can be written to, and start the command again") from error
+
+
+@click.group(cls=Commands, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
 @click.version_option(package_name="fishlib")
 def main() -> None:
     """Run the book's chapters with parameters of your own, sweep them over grids, collect results, render the site.
