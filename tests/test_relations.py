@@ -87,6 +87,42 @@ def test_an_order_can_be_undone_by_ordering_the_input():
     torch.testing.assert_close(ordered(x), plain(x[:, order]))
 
 
+def test_a_learned_order_starts_as_the_own_one_and_becomes_the_one_that_fits():
+    torch.manual_seed(0)
+    order, wanted = relations.ChannelOrder(6), torch.tensor([2, 0, 1, 5, 3, 4])
+    assert order.positions() == list(range(6))
+    optimizer = torch.optim.Adam(order.parameters(), 0.02)
+    for _ in range(150):
+        x = torch.randn(32, 6, 2, 2)
+        loss = (order(x) - x[:, wanted]).square().mean()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    assert order.positions() == wanted.tolist()
+
+
+def test_a_learned_order_permutes_exactly_and_its_soft_form_sums_to_one():
+    order, x = relations.ChannelOrder(5, iterations=50).double(), torch.randn(2, 5, 3, 3, dtype=torch.float64)
+    nn.init.normal_(order.scores, std=0.1)
+    expected = x[:, order.positions()]
+    torch.testing.assert_close(order(x), expected)
+    torch.testing.assert_close(order.eval()(x), expected, rtol=0, atol=0)
+    for dimension in (0, 1):
+        torch.testing.assert_close(order.soft().sum(dimension), torch.ones(5, dtype=torch.float64), rtol=0, atol=1e-6)
+
+
+def test_settling_a_learned_order_keeps_the_outputs_and_drops_the_scores():
+    torch.manual_seed(0)
+    net = nets.relation_net("learned3d", width=16, groups=4).eval()
+    for layer in (net[3], net[7], net[11]):
+        nn.init.normal_(layer.arrange.scores)
+    fixed, x = relations.settled(net), torch.randn(2, 1, 8, 8)
+    torch.testing.assert_close(fixed(x), net(x))
+    before, after = (cost.count(one, (1, 8, 8)).parameters for one in (net, fixed))
+    assert before - after == 3 * 16**2 == 3 * (net[3].parameters_formula - fixed[3].parameters_formula)
+    assert isinstance(net[3].arrange, relations.ChannelOrder)
+
+
 def test_maxout_is_the_maximum_of_neighbours():
     x = torch.randn(2, 6, 3, 3)
     found = relations.Maxout(3)(x)
