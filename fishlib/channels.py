@@ -139,7 +139,7 @@ class Activations:
                            layer.dead if kind == "correlation" else ())
 
     def between(self, first: str, second: str, kind: str = "kl") -> Tensor:
-        """Matrix (C, C') between the channels of two layers; kinds other than "kl" and "js" only where `second` follows `first`.
+        """Matrix (C, C') between the channels of two layers; beyond "kl" and "js" only where `second` follows `first`.
 
         Divergences compare values in units of each layer's own root mean square. Correlations and cosines are over the
         pixels of the coarser of the two layers, to which the other one is pooled; CKA compares images, at any resolution.

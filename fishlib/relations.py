@@ -156,6 +156,39 @@ def settled(net: nn.Module) -> nn.Module:
     return net
 
 
+def swapped(net: nn.Module, neighbours: int = 4, depth: int = 3, mix: bool = False) -> nn.Module:
+    """A copy of `net` with a `ChannelConv3d`, of new weights, in place of each k x k convolution that it can replace.
+
+    A convolution from C to C' channels becomes one from ``G = C / D`` to ``G' = C' / D`` groups of D = `neighbours`; it keeps
+    its kernel, its stride and whether it has a bias. 1 x 1, grouped and dilated convolutions stay, those without the padding
+    k // 2, and those where D does not divide both C and C'.
+
+    Raises
+    ------
+    ValueError
+        nothing could be replaced
+    """
+    net, count = copy.deepcopy(net), 0
+    for name, conv in list(net.named_modules()):
+        if isinstance(conv, nn.Conv2d) and _replaceable(conv, neighbours):
+            kernel, device = conv.kernel_size[0], conv.weight.device
+            layer = ChannelConv3d(conv.in_channels, conv.in_channels // neighbours, conv.out_channels // neighbours, kernel,
+                                  depth, conv.stride[0], mix, bias=conv.bias is not None)
+            net.set_submodule(name, layer.to(device, conv.weight.dtype))
+            count += 1
+    if not count:
+        raise ValueError(f"no convolution of {type(net).__name__} can have groups of {neighbours} neighbours: their kernels "
+                         "have to be larger than 1 x 1, and neighbours a divisor of their channels")
+    return net
+
+
+def _replaceable(conv: nn.Conv2d, neighbours: int) -> bool:
+    kernel = conv.kernel_size[0]
+    square = conv.kernel_size == (kernel, kernel) and conv.padding == (kernel // 2, kernel // 2) and len(set(conv.stride)) == 1
+    return (square and kernel > 1 and kernel % 2 == 1 and conv.groups == 1 and conv.dilation == (1, 1)
+            and conv.in_channels % neighbours == 0 and conv.out_channels % neighbours == 0)
+
+
 class Maxout(nn.Module):
     """The maximum over every `pieces` neighbouring channels [Goodfellow et al. 2013]: (N, C, H, W) to (N, C/pieces, H, W)."""
 

@@ -123,6 +123,35 @@ def test_settling_a_learned_order_keeps_the_outputs_and_drops_the_scores():
     assert isinstance(net[3].arrange, relations.ChannelOrder)
 
 
+@pytest.mark.parametrize("build", [lambda: nets.vgg(11, 10, 1, 8), lambda: nets.resnet(8, 10, 1, 8)])
+def test_swapping_keeps_shapes_and_the_original_and_leaves_the_share_of_weights_of_the_formula(build):
+    net, x = build().eval(), torch.randn(2, 1, 32, 32)
+    before = net(x)
+    swap = relations.swapped(net, 4, mix=False).eval()
+    assert swap(x).shape == before.shape
+    torch.testing.assert_close(net(x), before, rtol=0, atol=0)
+    layers = [layer for layer in swap.modules() if isinstance(layer, relations.ChannelConv3d)]
+    ordinary = [conv for conv in net.modules() if isinstance(conv, nn.Conv2d) and conv.kernel_size == (3, 3)]
+    assert len(layers) == len(ordinary) - 1  # the first one reads an image
+    saved = sum(9 * layer.channels * layer.out_channels - layer.parameters_formula for layer in layers)
+    shape = (1, 32, 32)
+    assert cost.count(net, shape).parameters - cost.count(swap, shape).parameters == saved
+    assert sum(layer.parameters_formula for layer in layers) * 16 == 3 * sum(9 * layer.channels * layer.out_channels
+                                                                             for layer in layers)
+
+
+def test_swapping_keeps_what_it_cannot_replace():
+    net = nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), nn.Conv2d(8, 8, 1), nn.Conv2d(8, 8, 3, padding=1, groups=2),
+                        nn.Conv2d(8, 8, 3), nn.Conv2d(8, 16, 5, 2, 2))
+    swap = relations.swapped(net, 2)
+    assert [type(layer) for layer in swap] == [nn.Conv2d] * 4 + [relations.ChannelConv3d]
+    assert swap[4].conv.bias is not None
+    x = torch.randn(1, 3, 9, 9)
+    assert swap(x).shape == net(x).shape
+    with pytest.raises(ValueError, match="no convolution of Sequential"):
+        relations.swapped(net[:2], 2)
+
+
 def test_maxout_is_the_maximum_of_neighbours():
     x = torch.randn(2, 6, 3, 3)
     found = relations.Maxout(3)(x)
