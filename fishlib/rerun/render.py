@@ -20,6 +20,7 @@ from fishlib.rerun import assets, findings
 from fishlib.rerun.run import with_outputs
 
 ROOT = Path(__file__).resolve().parents[2]
+ASSIGNMENTS = Path("chapters/assignments")  # shown as they are: the blanks in them are the reader's to fill
 DEFAULTS_PROMPT = "Show the defaults, their meaning and their ranges"
 
 
@@ -75,7 +76,9 @@ def _source(root: Path, name: str) -> Path:
 
 def stage(executed: Path, source: Path, root: Path = ROOT) -> Path:
     """Write to `source` the tree that Jupyter Book builds: pages, executed chapters, findings, settings, formulas' fonts."""
-    chapters = {page: find(page, executed, root) for page in pages(root) if page.suffix == ".ipynb"}
+    notebooks = [page for page in pages(root) if page.suffix == ".ipynb"]
+    chapters = {page: nbformat.read(root / page, as_version=4) if page.parent == ASSIGNMENTS else find(page, executed, root)
+                for page in notebooks}
     shutil.rmtree(source, ignore_errors=True)
     shutil.copytree(root / "chapters", source / "chapters",
                     ignore=shutil.ignore_patterns("*.ipynb", ".*", "__pycache__", "profiles"))
