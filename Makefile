@@ -1,12 +1,14 @@
 # Two commands matter: `make book` builds the site, `make test` runs every test.
 PYTHON ?= python3
 BIN := .venv/bin
-EXTRAS := book,onnx,sweep,slurm,test
+EXTRAS := book,browser,course,onnx,sweep,slurm,test
 CHAPTERS := $(sort $(wildcard chapters/[0-9]*.ipynb))
+# The number of the student whom `make assignments` is for.
+SEED ?= 0
 # Byte-compiled libraries import three times as fast in every kernel.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: book test lint refresh clean
+.PHONY: book test assignments lint refresh clean
 .DELETE_ON_ERROR:
 
 book: .venv/installed
@@ -23,6 +25,11 @@ test: .venv/installed
 	OMP_NUM_THREADS=1 $(BIN)/pytest -q -n 2 --dist loadfile --junitxml _build/tests.xml
 	OMP_NUM_THREADS=1 $(BIN)/pytest -q -n 2 --dist loadfile --nbval-lax $(CHAPTERS)
 	@echo "== The results of the tests: $(CURDIR)/_build/tests.xml"
+
+assignments: .venv/installed
+	@echo "== Student versions, solutions and archives of the autograder; the solutions are graded first"
+	OMP_NUM_THREADS=1 $(BIN)/fishlib assign --seed $(SEED)
+	@echo "== The assignments: $(CURDIR)/_build/assignments"
 
 lint: .venv/installed
 	$(BIN)/ruff check .

@@ -11,7 +11,7 @@ from __future__ import annotations
 import contextlib
 import copy
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 
 import pandas as pd
 import torch
@@ -71,8 +71,8 @@ class LayerStatistics:
         spread = self.covariance.diagonal().clamp_min(0).sqrt()
         return (spread <= 1e-6 * max(self.scale, 1e-30)).nonzero().flatten().tolist()
 
-    def add(self, maps: Tensor, reduce: str, bins: int, low: float, grams: bool) -> None:
-        """Count in the maps (N, C, H, W) of a batch."""
+    def add(self, maps: Tensor, reduce: str, bins: int, low: float, gram: Tensor | None) -> None:
+        """Count in the maps (N, C, H, W) of a batch, and the Gram matrices of its channels."""
         rows = (maps.mean((2, 3), keepdim=True) if reduce == "mean" else maps).movedim(1, 0).flatten(1)
         if not torch.isfinite(rows.sum()):
             raise ValueError(f"layer {self.name}: activations are not finite; look for NaN or infinite weights or images")
@@ -85,8 +85,8 @@ class LayerStatistics:
         self._sum = self._sum + centred.sum(1).double()
         self._cross = self._cross + (centred @ centred.T).double()
         self.histogram += _histogram(rows, self.scale, bins, low)
-        if grams:
-            hsic = _hsic(maps)
+        if gram is not None:
+            hsic = (gram @ gram.T).double()
             self.hsic = hsic if self.hsic is None else self.hsic + hsic
 
 
@@ -98,21 +98,26 @@ def _histogram(rows: Tensor, scale: float, bins: int, low: float) -> Tensor:
     return torch.bincount(place.flatten(), minlength=len(rows) * bins).view(len(rows), bins)
 
 
-def _hsic(maps: Tensor) -> Tensor:
+def _gram(maps: Tensor) -> Tensor:
+    """Centred Gram matrix over the images for each channel, as rows (C, N * N)."""
     x = maps.movedim(1, 0).flatten(2)
     x = x - x.mean(1, keepdim=True)  # centring the images centres their Gram matrix
-    gram = (x @ x.mT).flatten(1)
-    return (gram @ gram.T).double()
+    return (x @ x.mT).flatten(1)
 
 
 @dataclass
 class Activations:
-    """What `activations` found: `layers` by name, in the order in which they run, and `cross` covariances of neighbours."""
+    """What `activations` found: `layers` by name, in the order in which they run, and sums over `pairs` of neighbours."""
 
     layers: dict[str, LayerStatistics]
-    cross: dict[tuple[str, str], Tensor]
+    pairs: dict[tuple[str, str], PairStatistics]
     images: int
     reduce: str
+
+    @property
+    def cross(self) -> dict[tuple[str, str], Tensor]:
+        """Correlations (C, C') between layers of which the second follows the first."""
+        return {pair: self.between(*pair, "correlation") for pair in self.pairs}
 
     def dead(self) -> dict[str, list[int]]:
         """Constant channels by layer, layers without any left out."""
@@ -134,25 +139,80 @@ class Activations:
                            layer.dead if kind == "correlation" else ())
 
     def between(self, first: str, second: str, kind: str = "kl") -> Tensor:
-        """Matrix (C, C') between the channels of two layers; "correlation" only where the one follows the other.
+        """Matrix (C, C') between the channels of two layers; beyond "kl" and "js" only where `second` follows `first`.
 
-        Divergences compare values in units of each layer's own root mean square. Correlations are over the pixels of
-        the coarser of the two layers, to which the other one is pooled.
+        Divergences compare values in units of each layer's own root mean square. Correlations and cosines are over the
+        pixels of the coarser of the two layers, to which the other one is pooled; CKA compares images, at any resolution.
         """
-        _check_choice("kind", kind, ("kl", "js", "correlation"))
-        if kind != "correlation":
+        _check_choice("kind", kind, KINDS)
+        if kind in ("kl", "js"):
             compare = divergence.kl_histogram_pairs if kind == "kl" else divergence.js_histogram_pairs
             return compare(self.layers[first].histogram, self.layers[second].histogram)
-        if (first, second) not in self.cross:
-            raise ValueError(f"{first} and {second} are not neighbours, in this order: there are {list(self.cross)}")
-        return self.cross[first, second]
+        if (first, second) not in self.pairs:
+            raise ValueError(f"{first} and {second} are not neighbours, in this order: there are {list(self.pairs)}")
+        pair = self.pairs[first, second]
+        if kind == "cosine":
+            return pair.cosine
+        layers = self.layers[first], self.layers[second]
+        if kind == "correlation":
+            # What is left of a constant channel is rounding.
+            alive = [torch.ones(len(one.mean)).index_fill(0, torch.tensor(one.dead, dtype=torch.long), 0) for one in layers]
+            return pair.correlation * torch.outer(*alive).to(pair.correlation)
+        if pair.hsic is None:
+            raise ValueError("these statistics have no Gram matrices: call activations(..., grams=True)")
+        inverse = [_inverse_root(one.hsic.diagonal(), one.dead) for one in layers]
+        return (pair.hsic * inverse[0][:, None] * inverse[1][None, :]).clamp(-1, 1)
+
+
+@dataclass
+class PairStatistics:
+    """Sums over the common pixels of two layers, all float64: products (C, C'), values and squares of each, their number."""
+
+    products: Tensor
+    first: Tensor
+    second: Tensor
+    first_squares: Tensor
+    second_squares: Tensor
+    samples: int
+    hsic: Tensor | None = None
+
+    @classmethod
+    def of(cls, first: Tensor, second: Tensor, grams: tuple[Tensor | None, Tensor | None]) -> PairStatistics:
+        """Sums of one batch of maps (N, C, H, W) and (N, C', H', W'), pooled to the coarser of both."""
+        side = min(first.shape[2], second.shape[2]), min(first.shape[3], second.shape[3])
+        x, y = (F.adaptive_avg_pool2d(one, side).movedim(1, 0).flatten(1) for one in (first, second))
+        sums = (one.double() for one in (x @ y.T, x.sum(1), y.sum(1), x.square().sum(1), y.square().sum(1)))
+        return cls(*sums, x.shape[1], None if grams[0] is None else (grams[0] @ grams[1].T).double())
+
+    def __add__(self, other: PairStatistics) -> PairStatistics:
+        sums = {one.name: getattr(self, one.name) for one in fields(self)}
+        return PairStatistics(**{name: None if value is None else value + getattr(other, name) for name, value in sums.items()})
+
+    @property
+    def correlation(self) -> Tensor:
+        means = self.first / self.samples, self.second / self.samples
+        spread = [(square / self.samples - mean.square()) for square, mean in
+                  zip((self.first_squares, self.second_squares), means, strict=True)]
+        floor = [1e-12 * (square / self.samples).max().clamp_min(1e-30) for square in (self.first_squares, self.second_squares)]
+        inverse = [torch.where(v > f, v.clamp_min(1e-300).rsqrt(), 0) for v, f in zip(spread, floor, strict=True)]
+        return (self.products / self.samples - torch.outer(*means)) * inverse[0][:, None] * inverse[1][None, :]
+
+    @property
+    def cosine(self) -> Tensor:
+        inverse = _inverse_root(self.first_squares), _inverse_root(self.second_squares)
+        return (self.products * inverse[0][:, None] * inverse[1][None, :]).clamp(-1, 1)
+
+
+def _inverse_root(values: Tensor, zero: Iterable[int] = ()) -> Tensor:
+    """``1 / sqrt(values)``, and 0 where a value is not positive or its position is named."""
+    values = values.index_fill(0, torch.tensor(list(zero), dtype=torch.long, device=values.device), 0)
+    return torch.where(values > 0, values.clamp_min(1e-300).rsqrt(), 0)
 
 
 def _normalised(products: Tensor, dead: Iterable[int] = ()) -> Tensor:
     """Products (C, C) over the roots of their diagonal; 0 where a channel has none, and 1 on the diagonal."""
-    size = products.diagonal().clamp_min(0).sqrt()
-    size = size.index_fill(0, torch.tensor(list(dead), dtype=torch.long, device=size.device), 0)
-    matrix = products * torch.where(size > 0, 1 / size, 0)[:, None] * torch.where(size > 0, 1 / size, 0)[None, :]
+    inverse = _inverse_root(products.diagonal(), dead)
+    matrix = products * inverse[:, None] * inverse[None, :]
     return matrix.clamp(-1, 1).fill_diagonal_(1)
 
 
@@ -172,7 +232,7 @@ def activations(net: nn.Module, data: ImageData, layers: Sequence[str] | None = 
     images : number of images, evenly spaced in the training split; all of them if there are fewer
     grams : keep what "cka" needs, too: C products of (batch, batch) matrices, averaged over batches, which biases CKA
         upwards where a batch is small
-    cross : keep correlations between neighbouring layers, too
+    cross : keep what `Activations.between` needs of neighbouring layers, too
 
     Raises
     ------
@@ -182,54 +242,29 @@ def activations(net: nn.Module, data: ImageData, layers: Sequence[str] | None = 
     _check_choice("reduce", reduce, REDUCE)
     if bins < 4:
         raise ValueError(f"bins={bins}: a histogram needs at least 4")
-    chosen, statistics, pairs = list(_named(net, layers)), {}, _Pairs()
+    chosen, statistics, pairs = list(_named(net, layers)), {}, {}
+    last: list[tuple] = []
     sample = _sample(data, images, batch_size)
 
     def take(name: str, maps: Tensor) -> None:
         maps = F.relu(maps) if rectify else maps
-        statistics.setdefault(name, LayerStatistics(name)).add(maps, reduce, bins, 0.0 if rectify else -RANGE, grams)
-        if cross:
-            pairs.add(name, maps)
+        gram = _gram(maps) if grams else None
+        statistics.setdefault(name, LayerStatistics(name)).add(maps, reduce, bins, 0.0 if rectify else -RANGE, gram)
+        if cross and last:
+            before, earlier, earlier_gram = last.pop()
+            sums = PairStatistics.of(earlier, maps, (earlier_gram, gram))
+            pairs[before, name] = pairs[before, name] + sums if (before, name) in pairs else sums
+        last[:] = [(name, maps, gram)]
 
     with torch.no_grad(), evaluation_mode(net), _watching(net, chosen, take):
         for batch, _ in sample:
-            pairs.last = None
+            last.clear()
             net(batch.to(_device(net)))
-    return Activations(statistics, pairs.correlations(), len(sample.labels), reduce)
-
-
-class _Pairs:
-    """Correlations between layers that run one after the other."""
-
-    def __init__(self) -> None:
-        self.last: tuple[str, Tensor] | None = None
-        self.sums: dict[tuple[str, str], list[Tensor]] = {}
-
-    def add(self, name: str, maps: Tensor) -> None:
-        if self.last is not None:
-            before, earlier = self.last
-            side = min(earlier.shape[2], maps.shape[2]), min(earlier.shape[3], maps.shape[3])
-            x, y = (F.adaptive_avg_pool2d(one, side).movedim(1, 0).flatten(1) for one in (earlier, maps))
-            new = [one.double() for one in (x @ y.T, x.sum(1), y.sum(1), x.square().sum(1), y.square().sum(1))]
-            new.append(torch.tensor(x.shape[1]))
-            old = self.sums.get((before, name))
-            self.sums[before, name] = new if old is None else [a + b for a, b in zip(old, new, strict=True)]
-        self.last = name, maps
-
-    def correlations(self) -> dict[tuple[str, str], Tensor]:
-        return {pair: _correlation(*sums) for pair, sums in self.sums.items()}
-
-
-def _correlation(xy: Tensor, x: Tensor, y: Tensor, xx: Tensor, yy: Tensor, n: Tensor) -> Tensor:
-    n = float(n)
-    spread = [(square / n - (one / n).square()) for square, one in ((xx, x), (yy, y))]
-    floor = [1e-12 * (square / n).max().clamp_min(1e-30) for square in (xx, yy)]
-    inverse = [torch.where(v > f, v.clamp_min(1e-300).rsqrt(), 0) for v, f in zip(spread, floor, strict=True)]
-    return (xy / n - torch.outer(x / n, y / n)) * inverse[0][:, None] * inverse[1][None, :]
+    return Activations(statistics, pairs, len(sample.labels), reduce)
 
 
 def relations(net: nn.Module, data: ImageData, kind: str = "kl", layers: Sequence[str] | None = None,
-              **options) -> dict[str, Tensor]:
+              adjacent: bool = False, **options) -> dict[str | tuple[str, str], Tensor]:
     """Channel-by-channel matrices (C, C), float64, of each layer; `options` go to `activations`.
 
     Parameters
@@ -237,14 +272,16 @@ def relations(net: nn.Module, data: ImageData, kind: str = "kl", layers: Sequenc
     kind : "kl", entry (i, j) is KL(p_i || p_j) between histograms, in nats, not symmetric; "js" the Jensen-Shannon
         divergence; "correlation"; "cosine", which does not subtract means; "cka", linear centred kernel alignment of
         the maps, averaged over batches. A constant channel has correlation and CKA 0 with every other one
+    adjacent : add the matrices (C, C') between each layer and the one that runs next, under the pair of their names
 
     Notes
     -----
     KL and JS compare how often values occur, not where: two channels with equal histograms may be independent.
     """
     _check_choice("kind", kind, KINDS)
-    found = activations(net, data, layers, grams=kind == "cka", cross=False, **options)
-    return {name: found.relation(name, kind) for name in found.layers}
+    found = activations(net, data, layers, grams=kind == "cka", cross=adjacent, **options)
+    return ({name: found.relation(name, kind) for name in found.layers}
+            | {pair: found.between(*pair, kind) for pair in found.pairs})
 
 
 # What layers, and portions of layers, contribute.

@@ -9,8 +9,10 @@ from __future__ import annotations
 
 import hashlib
 import os
+import tarfile
 import zipfile
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -128,8 +130,9 @@ def _checked(name: str, arrays: dict[str, np.ndarray], origin: Path | str) -> di
 def _download(name: str) -> dict[str, np.ndarray]:
     target = CACHE / f"{name}.npz"
     try:
-        arrays = from_torchvision(name, CACHE / "torchvision", download=True)
-    except (OSError, RuntimeError) as error:
+        with _archives_stay_inside():
+            arrays = from_torchvision(name, CACHE / "torchvision", download=True)
+    except (OSError, RuntimeError, tarfile.TarError) as error:
         looked = [os.environ["FISHLIB_DATA"]] if os.environ.get("FISHLIB_DATA") else []
         raise ConnectionError(
             f"{name}.npz was found neither in {' nor in '.join([*looked, str(CACHE)])} and could not be downloaded "
@@ -138,6 +141,17 @@ def _download(name: str) -> dict[str, np.ndarray]:
     arrays = _checked(name, arrays, f"the download of {name}")
     _write(target, {key: arrays[key] for key in (*ARRAYS, "classes")})
     return arrays
+
+
+@contextmanager
+def _archives_stay_inside() -> Iterator[None]:
+    """Refuse members that lead outside the folder into which torchvision unpacks a download, which it does unasked."""
+    before, inside = getattr(tarfile.TarFile, "extraction_filter", None), getattr(tarfile, "data_filter", None)
+    tarfile.TarFile.extraction_filter = inside and staticmethod(inside)  # data_filter came with Python 3.11.4
+    try:
+        yield
+    finally:
+        tarfile.TarFile.extraction_filter = before
 
 
 def _write(target: Path, arrays: dict[str, np.ndarray]) -> None:

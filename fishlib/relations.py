@@ -1,15 +1,18 @@
 """Layers that look along the channel axis, so that few maps carry what many would.
 
 Layers take and give images (N, C, H, W), as ``nn.Conv2d`` does, and can take its place. The order of channels means
-nothing in a network, so neighbourhood along it has to be made: by a 1 x 1 convolution before, or by sorting.
+nothing in a network, so neighbourhood along it has to be made: by a 1 x 1 convolution before, by sorting, or by learning
+an order.
 """
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 
 import torch
 from scipy.cluster.hierarchy import leaves_list, linkage
+from scipy.optimize import linear_sum_assignment
 from scipy.spatial.distance import squareform
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -24,7 +27,8 @@ class ChannelConv3d(nn.Module):
     the layer has G' D output channels.
 
     Parameters: ``G' G d k^2`` and the bias G' (for C = 64, k = d = 3, G = G' = 8: 1,728 weights instead of 36,864).
-    MACs: ``G' G d k^2 D H' W'`` for an output of H' x W'. Mixing adds ``C^2`` parameters and ``C^2 H W`` MACs.
+    MACs: ``G' G d k^2 D H' W'`` for an output of H' x W'. Mixing adds ``C^2`` parameters and ``C^2 H W`` MACs, a learned
+    order ``C^2`` parameters until `settled` fixes it.
 
     Parameters
     ----------
@@ -33,13 +37,14 @@ class ChannelConv3d(nn.Module):
     kernel : k, rows and columns of the kernel
     depth : d, its extent along the channels; odd
     mix : a 1 x 1 convolution of C to C channels first
-    order : fixed order in which the channels lie along the axis, as positions; by default their own
+    order : fixed order in which the channels lie along the axis, as positions; "learned" for one that `ChannelOrder`
+        learns, behind the mixing; by default their own
     dense : run as one 2-D convolution whose weight is the banded matrix of the 3-D kernel; by default where gradients are
         wanted, since that is faster backwards, and as a 3-D convolution elsewhere. Both forms give the same outputs
     """
 
     def __init__(self, channels: int, groups_in: int = 8, groups_out: int | None = None, kernel: int = 3, depth: int = 3,
-                 stride: int = 1, mix: bool = False, order: Sequence[int] | None = None, bias: bool = False,
+                 stride: int = 1, mix: bool = False, order: Sequence[int] | str | None = None, bias: bool = False,
                  dense: bool | None = None):
         super().__init__()
         groups_out = groups_out or groups_in
@@ -47,8 +52,9 @@ class ChannelConv3d(nn.Module):
             raise ValueError(f"groups_in={groups_in} does not divide channels={channels}: choose a divisor")
         if kernel % 2 == 0 or depth % 2 == 0:
             raise ValueError(f"kernel={kernel}, depth={depth}: use odd sizes, so that the middle is one pixel and channel")
-        if order is not None and sorted(order) != list(range(channels)):
-            raise ValueError(f"order has to name each of the channels 0 to {channels - 1} once")
+        learned = isinstance(order, str) and order == "learned"
+        if not (order is None or learned) and sorted(order) != list(range(channels)):
+            raise ValueError(f'order has to name each of the channels 0 to {channels - 1} once, or be "learned"')
         self.channels, self.groups_in, self.groups_out, self.stride = channels, groups_in, groups_out, stride
         self.depth = channels // groups_in
         self.dense = dense
@@ -58,7 +64,8 @@ class ChannelConv3d(nn.Module):
         nn.init.kaiming_normal_(self.conv.weight, nonlinearity="relu")
         if bias:
             nn.init.zeros_(self.conv.bias)
-        self.register_buffer("order", None if order is None else torch.tensor(list(order)))
+        self.arrange = ChannelOrder(channels) if learned else nn.Identity()
+        self.register_buffer("order", None if order is None or learned else torch.tensor(list(order)))
 
     @property
     def out_channels(self) -> int:
@@ -66,7 +73,7 @@ class ChannelConv3d(nn.Module):
         return self.groups_out * self.depth
 
     def forward(self, x: Tensor) -> Tensor:
-        x = self.mix(x)
+        x = self.arrange(self.mix(x))
         if self.order is not None:
             x = x[:, self.order]
         if self.conv.weight.requires_grad and torch.is_grad_enabled() if self.dense is None else self.dense:
@@ -86,10 +93,10 @@ class ChannelConv3d(nn.Module):
 
     @property
     def parameters_formula(self) -> int:
-        """``G' G d k^2``, G' more with a bias, C^2 more with mixing."""
+        """``G' G d k^2``, G' more with a bias, C^2 more with mixing and as much with an order that is being learned."""
         depth, kernel, _ = self.conv.kernel_size
-        own = self.groups_out * self.groups_in * depth * kernel**2
-        return own + (self.groups_out if self.conv.bias is not None else 0) + self._mixing
+        own = self.groups_out * self.groups_in * depth * kernel**2 + (self.groups_out if self.conv.bias is not None else 0)
+        return own + self._mixing + (self.channels**2 if isinstance(self.arrange, ChannelOrder) else 0)
 
     def macs_formula(self, height: int, width: int) -> int:
         """``G' G d k^2 D H' W'`` of the 3-D form, for an input of `height` x `width`, ``C^2 H W`` more with mixing.
@@ -103,6 +110,83 @@ class ChannelConv3d(nn.Module):
     @property
     def _mixing(self) -> int:
         return self.channels**2 if isinstance(self.mix, nn.Conv2d) else 0
+
+
+class ChannelOrder(nn.Module):
+    """A learned order of the C channels: a permutation forwards, its soft form backwards [after Mena et al. 2018].
+
+    ``y = P x`` with the permutation P of the largest sum of scores, and gradients as if it were
+    ``y = S x``, ``S = Sinkhorn(scores / temperature)``: rows and columns of exp(scores / temperature) are divided by their
+    sums in turn until both are 1. Training starts at the channels' own order.
+    """
+
+    def __init__(self, channels: int, temperature: float = 0.1, iterations: int = 10):
+        super().__init__()
+        self.temperature, self.iterations = temperature, iterations
+        self.scores = nn.Parameter(0.1 * torch.eye(channels) + 0.01 * torch.randn(channels, channels))
+
+    def positions(self) -> list[int]:
+        """Which channel stands at each place."""
+        return linear_sum_assignment(self.scores.detach().float().cpu().numpy(), maximize=True)[1].tolist()
+
+    def soft(self) -> Tensor:
+        """The doubly stochastic matrix S (C, C)."""
+        logs = self.scores / self.temperature
+        for _ in range(self.iterations):
+            logs = logs - logs.logsumexp(1, keepdim=True)
+            logs = logs - logs.logsumexp(0, keepdim=True)
+        return logs.exp()
+
+    def forward(self, x: Tensor) -> Tensor:
+        positions = torch.tensor(self.positions(), device=x.device)
+        if not (self.training and torch.is_grad_enabled()):
+            return x[:, positions]
+        soft = self.soft()
+        matrix = F.one_hot(positions, len(soft)).to(soft.dtype) + soft - soft.detach()
+        return F.conv2d(x, matrix[:, :, None, None])
+
+
+def settled(net: nn.Module) -> nn.Module:
+    """A copy of `net` in which every learned order is a fixed one, without scores: the same outputs, fewer parameters."""
+    net = copy.deepcopy(net)
+    for layer in net.modules():
+        if isinstance(layer, ChannelConv3d) and isinstance(layer.arrange, ChannelOrder):
+            layer.order = torch.tensor(layer.arrange.positions(), device=layer.conv.weight.device)
+            layer.arrange = nn.Identity()
+    return net
+
+
+def swapped(net: nn.Module, neighbours: int = 4, depth: int = 3, mix: bool = False) -> nn.Module:
+    """A copy of `net` with a `ChannelConv3d`, of new weights, in place of each k x k convolution that it can replace.
+
+    A convolution from C to C' channels becomes one from ``G = C / D`` to ``G' = C' / D`` groups of D = `neighbours`; it keeps
+    its kernel, its stride and whether it has a bias. 1 x 1, grouped and dilated convolutions stay, those without the padding
+    k // 2, and those where D does not divide both C and C'.
+
+    Raises
+    ------
+    ValueError
+        nothing could be replaced
+    """
+    net, count = copy.deepcopy(net), 0
+    for name, conv in list(net.named_modules()):
+        if isinstance(conv, nn.Conv2d) and _replaceable(conv, neighbours):
+            kernel, device = conv.kernel_size[0], conv.weight.device
+            layer = ChannelConv3d(conv.in_channels, conv.in_channels // neighbours, conv.out_channels // neighbours, kernel,
+                                  depth, conv.stride[0], mix, bias=conv.bias is not None)
+            net.set_submodule(name, layer.to(device, conv.weight.dtype))
+            count += 1
+    if not count:
+        raise ValueError(f"no convolution of {type(net).__name__} can have groups of {neighbours} neighbours: their kernels "
+                         "have to be larger than 1 x 1, and neighbours a divisor of their channels")
+    return net
+
+
+def _replaceable(conv: nn.Conv2d, neighbours: int) -> bool:
+    kernel = conv.kernel_size[0]
+    square = conv.kernel_size == (kernel, kernel) and conv.padding == (kernel // 2, kernel // 2) and len(set(conv.stride)) == 1
+    return (square and kernel > 1 and kernel % 2 == 1 and conv.groups == 1 and conv.dilation == (1, 1)
+            and conv.in_channels % neighbours == 0 and conv.out_channels % neighbours == 0)
 
 
 class Maxout(nn.Module):

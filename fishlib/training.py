@@ -77,7 +77,7 @@ class Classifier(L.LightningModule):
     def __init__(self, net: nn.Module, optimizer: str | Callable, lr: float, schedule: str, weight_decay: float,
                  label_smoothing: float, penalty: Any, seed: int, channels_last: bool, compiled: bool):
         super().__init__()
-        self.net = net.to(memory_format=torch.channels_last) if channels_last else net
+        self.net = _channels_last(net) if channels_last else net
         # Kept out of the module tree: a compiled network's parameters are the same ones under other names.
         object.__setattr__(self, "run_net", torch.compile(self.net) if compiled else self.net)
         self.optimizer, self.lr, self.schedule, self.weight_decay = optimizer, lr, schedule, weight_decay
@@ -265,6 +265,14 @@ def _check_resumable(path: Path, conditions: dict[str, Any]) -> None:
                    if found.get(key) != value]:
         raise ValueError(f"{path} belongs to a run with other settings ({'; '.join(changed)}): choose another file, or "
                          "delete it to start anew")
+
+
+def _channels_last(net: nn.Module) -> nn.Module:
+    """`net` with its 2-D kernels in that order; ``net.to(memory_format=...)`` refuses networks with 3-D kernels as well."""
+    for parameter in net.parameters():
+        if parameter.ndim == 4:
+            parameter.data = parameter.data.contiguous(memory_format=torch.channels_last)
+    return net
 
 
 def _gains_from_bfloat16(device: torch.device) -> bool:

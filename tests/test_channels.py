@@ -100,6 +100,34 @@ def test_cka_of_one_batch_is_that_of_pairs_of_maps(net, data):
         assert float(found[i, j]) == pytest.approx(float(expected), abs=1e-5)
 
 
+def test_relations_of_adjacent_layers_are_those_of_pairs_of_maps(net, data):
+    images = data.split("train")[0]
+    options = {"images": 10_000, "batch_size": 10_000, "adjacent": True}
+    first, second = (maps_of(net, images, depth).double() for depth in (3, 7))
+    cka = channels.relations(net, data, "cka", **options)["0", "4"]
+    cosine = channels.relations(net, data, "cosine", **options)["0", "4"]
+    pooled = nn.functional.adaptive_avg_pool2d(first, second.shape[2:])
+    for i, j in ((0, 1), (2, 7), (5, 15)):
+        x, y = first[:, i].flatten(1), second[:, j].flatten(1)
+        assert float(cka[i, j]) == pytest.approx(float(divergence.linear_cka(x, y)), abs=1e-5)
+        expected = nn.functional.cosine_similarity(pooled[:, i].flatten(), second[:, j].flatten(), 0)
+        assert float(cosine[i, j]) == pytest.approx(float(expected), abs=1e-5)
+    for kind in channels.KINDS:
+        assert set(channels.relations(net, data, kind, images=60, adjacent=True)) == {"0", "4", ("0", "4")}
+        assert set(channels.relations(net, data, kind, images=60)) == {"0", "4"}
+
+
+@pytest.mark.parametrize("kind", channels.KINDS)
+def test_dead_channels_leave_relations_of_adjacent_layers_finite(net, data, kind):
+    net[1].weight.data[3], net[1].bias.data[3] = 0, -1
+    net[5].weight.data[2], net[5].bias.data[2] = 0, 0.7
+    matrix = channels.relations(net, data, kind, images=100, adjacent=True)["0", "4"]
+    assert torch.isfinite(matrix).all()
+    if kind in ("correlation", "cka"):
+        assert matrix[3].abs().max() == 0
+        assert matrix[:, 2].abs().max() == 0
+
+
 def test_kl_of_all_pairs_is_that_of_loops_over_pairs(net, data):
     found = channels.activations(net, data, images=100)
     histogram = found.layers["0"].histogram.double().numpy() + 0.5

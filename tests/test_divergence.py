@@ -114,6 +114,25 @@ def test_score_matching_finds_the_score_of_a_gaussian_and_leaves_the_random_stat
     assert error < 0.1 * (x / torch.tensor([1.0, 0.49])).square().sum(1).mean()
 
 
+def test_score_matching_finds_the_score_of_a_density_that_is_not_gaussian():
+    g = torch.Generator().manual_seed(0)
+    side = torch.where(torch.rand(4000, 1, generator=g) < 0.5, -1.5, 1.5)
+    x = side + 0.6 * torch.randn(4000, 1, generator=g)
+
+    def exact(rows):  # of the mixture of two Gaussians
+        right = torch.sigmoid(rows * 2 * 1.5 / 0.36)
+        return (-(rows + 1.5) * (1 - right) - (rows - 1.5) * right) / 0.36
+
+    score = dv.fit_score(x, steps=800)
+    size = exact(x).square().mean()
+    gaussian = -(x - x.mean()) / x.var()
+    assert (score(x) - exact(x)).square().mean() < 0.1 * size
+    assert (gaussian - exact(x)).square().mean() > 0.5 * size
+    # The Fisher divergence from the mixture to a Gaussian, by learned scores and by exact ones.
+    found = dv.fisher_divergence_sampled(x, score, lambda rows: -rows)
+    assert torch.isclose(found, dv.fisher_divergence_sampled(x, exact, lambda rows: -rows), rtol=0.15)
+
+
 def test_energy_distance_is_the_mean_over_pairs():
     x, y = (torch.randn(n, 3, generator=torch.Generator().manual_seed(n), dtype=torch.float64) for n in (5, 7))
 

@@ -87,6 +87,71 @@ def test_an_order_can_be_undone_by_ordering_the_input():
     torch.testing.assert_close(ordered(x), plain(x[:, order]))
 
 
+def test_a_learned_order_starts_as_the_own_one_and_becomes_the_one_that_fits():
+    torch.manual_seed(0)
+    order, wanted = relations.ChannelOrder(6), torch.tensor([2, 0, 1, 5, 3, 4])
+    assert order.positions() == list(range(6))
+    optimizer = torch.optim.Adam(order.parameters(), 0.02)
+    for _ in range(150):
+        x = torch.randn(32, 6, 2, 2)
+        loss = (order(x) - x[:, wanted]).square().mean()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    assert order.positions() == wanted.tolist()
+
+
+def test_a_learned_order_permutes_exactly_and_its_soft_form_sums_to_one():
+    order, x = relations.ChannelOrder(5, iterations=50).double(), torch.randn(2, 5, 3, 3, dtype=torch.float64)
+    nn.init.normal_(order.scores, std=0.1)
+    expected = x[:, order.positions()]
+    torch.testing.assert_close(order(x), expected)
+    torch.testing.assert_close(order.eval()(x), expected, rtol=0, atol=0)
+    for dimension in (0, 1):
+        torch.testing.assert_close(order.soft().sum(dimension), torch.ones(5, dtype=torch.float64), rtol=0, atol=1e-6)
+
+
+def test_settling_a_learned_order_keeps_the_outputs_and_drops_the_scores():
+    torch.manual_seed(0)
+    net = nets.relation_net("learned3d", width=16, groups=4).eval()
+    for layer in (net[3], net[7], net[11]):
+        nn.init.normal_(layer.arrange.scores)
+    fixed, x = relations.settled(net), torch.randn(2, 1, 8, 8)
+    torch.testing.assert_close(fixed(x), net(x))
+    before, after = (cost.count(one, (1, 8, 8)).parameters for one in (net, fixed))
+    assert before - after == 3 * 16**2 == 3 * (net[3].parameters_formula - fixed[3].parameters_formula)
+    assert isinstance(net[3].arrange, relations.ChannelOrder)
+
+
+@pytest.mark.parametrize("build", [lambda: nets.vgg(11, 10, 1, 8), lambda: nets.resnet(8, 10, 1, 8)])
+def test_swapping_keeps_shapes_and_the_original_and_leaves_the_share_of_weights_of_the_formula(build):
+    net, x = build().eval(), torch.randn(2, 1, 32, 32)
+    before = net(x)
+    swap = relations.swapped(net, 4, mix=False).eval()
+    assert swap(x).shape == before.shape
+    torch.testing.assert_close(net(x), before, rtol=0, atol=0)
+    layers = [layer for layer in swap.modules() if isinstance(layer, relations.ChannelConv3d)]
+    ordinary = [conv for conv in net.modules() if isinstance(conv, nn.Conv2d) and conv.kernel_size == (3, 3)]
+    assert len(layers) == len(ordinary) - 1  # the first one reads an image
+    saved = sum(9 * layer.channels * layer.out_channels - layer.parameters_formula for layer in layers)
+    shape = (1, 32, 32)
+    assert cost.count(net, shape).parameters - cost.count(swap, shape).parameters == saved
+    assert sum(layer.parameters_formula for layer in layers) * 16 == 3 * sum(9 * layer.channels * layer.out_channels
+                                                                             for layer in layers)
+
+
+def test_swapping_keeps_what_it_cannot_replace():
+    net = nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), nn.Conv2d(8, 8, 1), nn.Conv2d(8, 8, 3, padding=1, groups=2),
+                        nn.Conv2d(8, 8, 3), nn.Conv2d(8, 16, 5, 2, 2))
+    swap = relations.swapped(net, 2)
+    assert [type(layer) for layer in swap] == [nn.Conv2d] * 4 + [relations.ChannelConv3d]
+    assert swap[4].conv.bias is not None
+    x = torch.randn(1, 3, 9, 9)
+    assert swap(x).shape == net(x).shape
+    with pytest.raises(ValueError, match="no convolution of Sequential"):
+        relations.swapped(net[:2], 2)
+
+
 def test_maxout_is_the_maximum_of_neighbours():
     x = torch.randn(2, 6, 3, 3)
     found = relations.Maxout(3)(x)

@@ -144,6 +144,12 @@ def test_bfloat16_and_channels_last_train_a_convolutional_network(small):
     assert history.notna().all().all()
 
 
+def test_bfloat16_trains_networks_with_3d_kernels_too(small):
+    trained, history = fit(nets.relation_net("triplanar", 10, small.shape, 8, 4), small, epochs=1, precision="bfloat16")
+    assert trained[0].weight.is_contiguous(memory_format=torch.channels_last)
+    assert history.notna().all().all()
+
+
 def test_evaluate_restores_modes_and_states_the_standard_error(small, net):
     net[3].eval()
     result = evaluate(net, small, "test")

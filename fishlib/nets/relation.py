@@ -8,7 +8,7 @@ from torch import nn
 
 from ..relations import ChannelAttention, ChannelConv3d, TriPlanar
 
-RELATIONS = ("conv2d", "channel3d", "mixed3d", "triplanar", "separable", "attention")
+RELATIONS = ("conv2d", "channel3d", "mixed3d", "learned3d", "triplanar", "separable", "attention")
 
 
 def relation_net(relation: str = "channel3d", classes: int = 10, shape: Sequence[int] = (1, 8, 8), width: int = 32,
@@ -20,7 +20,8 @@ def relation_net(relation: str = "channel3d", classes: int = 10, shape: Sequence
     Parameters
     ----------
     relation : the inner layers: "conv2d" (3 x 3), "channel3d" (`ChannelConv3d`), "mixed3d" (a 1 x 1 convolution first),
-        "triplanar", "separable" (depthwise, then 1 x 1), "attention" (depthwise, then a gate from neighbouring channels)
+        "learned3d" (a learned order first), "triplanar", "separable" (depthwise, then 1 x 1), "attention" (depthwise, then
+        a gate from neighbouring channels)
     groups : of the 3-D and tri-planar layers
     orders : an order of channels for each inner layer, for "channel3d" and "mixed3d"
     """
@@ -40,8 +41,8 @@ def _inner(relation: str, width: int, groups: int, order: Sequence[int] | None) 
     depthwise = nn.Conv2d(width, width, 3, padding=1, groups=width, bias=False)
     if relation == "conv2d":
         return nn.Conv2d(width, width, 3, padding=1, bias=False)
-    if relation in ("channel3d", "mixed3d"):
-        return ChannelConv3d(width, groups, mix=relation == "mixed3d", order=order)
+    if relation in ("channel3d", "mixed3d", "learned3d"):
+        return ChannelConv3d(width, groups, mix=relation == "mixed3d", order="learned" if relation == "learned3d" else order)
     if relation == "triplanar":
         return TriPlanar(width, groups)
     return nn.Sequential(depthwise, nn.Conv2d(width, width, 1, bias=False) if relation == "separable" else ChannelAttention())

@@ -42,6 +42,9 @@ def main() -> None:
     except RunFailed as error:
         report(error=str(error))
         sys.exit(1)
+    except OSError as error:
+        report(error=f"its notebook or results could not be written ({error}): make room, or name another folder")
+        sys.exit(1)
 
 
 def _end_with_parent(scratch: Path) -> None:

@@ -6,6 +6,7 @@ Exit status: 0 when all is done; 1 when a run or the rendering failed; 2 when th
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import re
@@ -55,7 +56,24 @@ class Display:
             click.echo(f"\r\x1b[2K{text[: shutil.get_terminal_size().columns - 1]}", nl=False)
 
 
-@click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
+class Commands(click.Group):
+    """A full disk, a folder that is closed to writing and Ctrl-C end every command with one line that says so."""
+
+    def invoke(self, context: click.Context) -> Any:
+        try:
+            return super().invoke(context)
+        except KeyboardInterrupt:
+            click.echo("interrupted: nothing half-written was left", err=True)
+            sys.exit(130)
+        except OSError as error:
+            if error.errno == errno.EPIPE:
+                raise  # the reader of our output has gone, which click ends quietly
+            place = f": {error.filename2 or error.filename}" if error.filename else ""
+            raise click.ClickException(f"{error.strerror or error}{place}; nothing half-written was left. Make room, or "
+                                       "name a folder that can be written to, and start the command again") from error
+
+
+@click.group(cls=Commands, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
 @click.version_option(package_name="fishlib")
 def main() -> None:
     """Run the book's chapters with parameters of your own, sweep them over grids, collect results, render the site.
@@ -528,6 +546,69 @@ class _Shown:
 def _duration(seconds: float) -> str:
     minutes, hours = seconds / 60, seconds / 3600
     return f"{seconds:.0f} s" if seconds < 90 else f"{minutes:.0f} min" if minutes < 90 else f"{hours:.1f} h"
+
+
+@main.command()
+@click.argument("names", metavar="[ASSIGNMENT]...", nargs=-1)
+@click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True,
+              help="The student's number; the samples follow from it.")
+@click.option("--out", type=click.Path(path_type=Path, file_okay=False),
+              help="Folder that gets <assignment>/ for each. Default: _build/assignments.")
+@click.option("--no-check", is_flag=True, help="Do not grade the solutions first.")
+@click.option("--book", is_flag=True, help="Renew the student versions that the book shows (seed 0).")
+def assign(names: Sequence[str], seed: int, out: Path | None, no_check: bool, book: bool) -> None:
+    """Generate assignments from their masters: student version, solutions, archive of the autograder. All by default.
+
+    Needs the extra `course` (otter-grader). The solutions are graded first; a master whose solutions do not get full
+    points leaves what was there before.
+    """
+    from fishlib.rerun import assign as assigning
+
+    if book and seed:
+        raise BadInput("the book shows the student versions of seed 0: leave --seed or --book out")
+    for name in names or assigning.masters():
+        try:
+            made = assigning.generate(name, out or assigning.BUILT, seed, not no_check)
+        except assigning.AssignError as error:
+            raise click.ClickException(str(error)) from error
+        click.echo(_short(made))
+        if book:
+            click.echo(f"{name} in the book: {'renewed' if assigning.publish(name, made) else 'unchanged'}")
+
+
+@main.command()
+@click.argument("submissions", nargs=-1, required=True, type=click.Path(path_type=Path))
+@click.option("--autograder", type=click.Path(path_type=Path, exists=True, dir_okay=False),
+              help="Archive to grade by. Default: that of _build/assignments which the notebook names.")
+@click.option("--seed", type=click.IntRange(min=0), help="The number that was given out. Default: the notebook's own.")
+@click.option("--seconds", type=click.FloatRange(min=1), default=180, show_default=True, help="Limit of a submission.")
+@click.option("--cell-seconds", type=click.FloatRange(min=1), default=60, show_default=True, help="Limit of a cell.")
+@click.option("--out", type=click.Path(path_type=Path, dir_okay=False), help="Table to write (CSV), a line each.")
+@click.option("--unconfined", is_flag=True, help="Grade also where a process cannot be kept from writing elsewhere.")
+def grade(submissions: Sequence[Path], autograder: Path | None, seed: int | None, seconds: float, cell_seconds: float,
+          out: Path | None, unconfined: bool) -> None:
+    """Grade submissions, each in a process that may write in a temporary folder only and has a time limit.
+
+    Needs the extra `course` (otter-grader). Exit status 1 when one was refused.
+    """
+    from fishlib.rerun import grade as grading
+
+    grades = []
+    for submission in submissions:
+        try:
+            one = grading.grade(submission, autograder, seed=seed, seconds=seconds, cell_seconds=cell_seconds,
+                                confined=not unconfined)
+        except grading.GradeError as error:
+            raise click.ClickException(str(error)) from error
+        grades.append(one)
+        click.echo(f"{submission}: {one.status}, {one.score:g} of {one.possible:g}"
+                   + (f"; {one.message}" if one.message else ""))
+        for question, words in one.words.items():
+            click.echo("\n".join(f"  {question}: {line}" for line in words))
+    if out:
+        runs.write(out, grading.table(grades))
+    if any(one.status == "refused" for one in grades):
+        sys.exit(1)
 
 
 @main.command()

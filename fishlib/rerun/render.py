@@ -16,10 +16,11 @@ from pathlib import Path
 import nbformat
 import yaml
 
-from fishlib.rerun import assets
+from fishlib.rerun import assets, findings
 from fishlib.rerun.run import with_outputs
 
 ROOT = Path(__file__).resolve().parents[2]
+ASSIGNMENTS = Path("chapters/assignments")  # shown as they are: the blanks in them are the reader's to fill
 DEFAULTS_PROMPT = "Show the defaults, their meaning and their ranges"
 
 
@@ -74,14 +75,17 @@ def _source(root: Path, name: str) -> Path:
 
 
 def stage(executed: Path, source: Path, root: Path = ROOT) -> Path:
-    """Write to `source` the tree that Jupyter Book builds: pages, executed chapters, settings, formulas' fonts."""
-    chapters = {page: find(page, executed, root) for page in pages(root) if page.suffix == ".ipynb"}
+    """Write to `source` the tree that Jupyter Book builds: pages, executed chapters, findings, settings, formulas' fonts."""
+    notebooks = [page for page in pages(root) if page.suffix == ".ipynb"]
+    chapters = {page: nbformat.read(root / page, as_version=4) if page.parent == ASSIGNMENTS else find(page, executed, root)
+                for page in notebooks}
     shutil.rmtree(source, ignore_errors=True)
     shutil.copytree(root / "chapters", source / "chapters",
                     ignore=shutil.ignore_patterns("*.ipynb", ".*", "__pycache__", "profiles"))
     for page, notebook in chapters.items():
         (source / page).parent.mkdir(parents=True, exist_ok=True)
         nbformat.write(presentable(notebook), source / page)
+    findings.write(executed, source / "chapters", root / "data" / "runs")
     shutil.copy(root / "_toc.yml", source)
     config = configure(yaml.safe_load((root / "_config.yml").read_text()), assets.fetch(root), source)
     (source / "_config.yml").write_text(yaml.safe_dump(config, sort_keys=False))

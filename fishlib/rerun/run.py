@@ -258,9 +258,12 @@ def _last_words(log: IO[str]) -> str:
 
 
 def _keep_partial(run: Run, notebook: Path) -> Path | None:
+    """Keep what a failing run has of its notebook, if there is one, and whole, and room for it."""
     try:
-        write(run.partial, notebook.read_text(encoding="utf-8"))
-    except FileNotFoundError:
+        text = notebook.read_text(encoding="utf-8")
+        json.loads(text)
+        write(run.partial, text)
+    except (OSError, ValueError):
         return None
     return run.partial
 

@@ -21,6 +21,7 @@ SITE = ROOT / "_build" / "html"
 PAGES = sorted(page.relative_to(SITE).as_posix() for page in SITE.rglob("*.html") if "_modules" not in page.parts)
 BOOK = [page for page in PAGES if page.startswith("chapters/")]
 NOTEBOOKS = [page for page in BOOK if (ROOT / page).with_suffix(".ipynb").is_file()]
+CHAPTERS = [page for page in NOTEBOOKS if not page.startswith("chapters/assignments/")]
 ROLE = re.compile(r"\{(?:glue|cite|ref|numref|eq|doc|term|math|download|abbr)(?::[a-z]+)?\}|:[a-z]+:`")
 FILE_NAME = re.compile(r"[\w./\\-]*\.(?:png|svg|jpe?g|gif|webp)", re.IGNORECASE)
 LOADING = {"script": "src", "link": "href", "img": "src", "iframe": "src", "source": "src", "video": "src",
@@ -137,7 +138,7 @@ def test_launch_buttons_open_this_chapter_in_the_configured_repository(page):
     assert f"https://mybinder.org/v2/gh/{name}/{repository['branch']}?urlpath=lab/tree/{notebook}" in links
 
 
-@pytest.mark.parametrize("page", NOTEBOOKS)
+@pytest.mark.parametrize("page", CHAPTERS)
 def test_chapter_shows_one_open_parameters_cell_and_its_provenance(page):
     cells = article(page).select("div.cell.tag_parameters, div.cell.tag_injected-parameters")
     assert len([cell for cell in cells if not cell.select("details")]) == 1
@@ -147,7 +148,17 @@ def test_chapter_shows_one_open_parameters_cell_and_its_provenance(page):
 def test_first_page_links_every_chapter_and_no_chapter_is_still_called_planned():
     rows = [row for row in article("chapters/index.html").select("table tr") if row.find("td")]
     linked = {link["href"] for row in rows if "planned" not in row.get_text() for link in row.find_all("a", href=True)}
-    assert linked == {Path(page).name for page in NOTEBOOKS}
+    assert linked == {Path(page).name for page in CHAPTERS}
+
+
+def test_assignments_are_shown_with_their_blanks_and_without_solutions_or_masters():
+    shown = {Path(page).stem for page in NOTEBOOKS if page not in CHAPTERS}
+    assert shown == {path.stem for path in (ROOT / "chapters" / "assignments").glob("*.ipynb")}
+    assert not list(SITE.rglob("*masters*"))
+    for name in shown:
+        text = article(f"chapters/assignments/{name}.html").get_text()
+        assert "..." in text
+        assert "BEGIN SOLUTION" not in text
 
 
 def test_library_page_documents_every_module():

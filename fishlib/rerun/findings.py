@@ -1,0 +1,213 @@
+"""What the book found, in one picture and a line a finding, for its first page: drawn from the records of runs.
+
+Numbers come from the records that chapters left, of the run that the site shows or of one that the repository keeps, and
+nothing is stated that holds for one outcome only. A finding whose records do not exist is left out.
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+import statistics
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from fishlib.rerun.collect import STORED
+
+Records = dict[str, Any]
+PUBLISHED = STORED.parent / "published.csv"
+# Rows of published.csv that a run under the same conditions is held against.
+SIZES = {("mnist", "lenet300"): ("han-300", "sws-300"), ("mnist", "lenet5"): ("han-lenet5", "sws-lenet5")}
+DATASETS = ("digits", "mnist", "cifar10", "cifar100", "svhn")  # from small to large
+OURS, PLAIN, CONTROL = "#0173b2", "#949494", "#de8f05"
+
+
+@dataclass(frozen=True)
+class Bar:
+    """One number of a finding, with its standard deviation over seeds where there is one."""
+
+    label: str
+    value: float
+    colour: str = PLAIN
+    spread: float | None = None
+
+
+@dataclass(frozen=True)
+class Finding:
+    """A question that a chapter answers, its numbers, and the sentence that states them."""
+
+    chapter: str
+    question: str
+    unit: str
+    bars: list[Bar]
+    sentence: str
+    conditions: str = ""
+
+
+def noise(records: Records) -> Finding:
+    """Chapter 2: accuracy under weight noise with and without the penalty."""
+    penalty, spread = records["penalty"], records["accuracy_std"]
+    with_it, without = 100 * records["ours_noise_20"], 100 * records["bare_noise_20"]
+    label = f"{penalty.replace('_', ' ').replace('fisher', 'Fisher')} penalty"
+    return Finding(
+        "02_fisher_regularized_training", "Can training make a network bear noise in its weights?",
+        "test accuracy under noise of 0.2 of the range (%)",
+        [Bar("no penalty", without, PLAIN, 100 * spread["none"]["noise_20"]),
+         Bar(label, with_it, OURS, 100 * spread[penalty]["noise_20"])],
+        f"Under noise of a fifth of each tensor's range, a network trained with the {label} keeps {with_it:.1f} % "
+        f"test accuracy, one without {without:.1f} %.")
+
+
+def size(records: Records) -> Finding:
+    """Chapter 3: how many times smaller the file is."""
+    ratio, fewer, lost = records["file_ratio"], records["file_fewer"], 100 * records["file_error"]
+    dense = 100 - 100 * statistics.mean(records["dense_test"])
+    others = [Bar(f"{row['method']} (published)", float(row["file_compression"]), CONTROL) for row in published()
+              if row["id"] in SIZES.get((records["dataset"], records["network"]), ())]
+    return Finding(
+        "03_pruning_and_quantization", "How few bytes hold a network?", "times smaller than the float32 network",
+        [Bar("fewer weights", fewer), Bar("fewer bytes in the file", ratio, OURS), *others],
+        f"The file that decodes to the pruned and quantised network is {ratio:.0f} times smaller than uncompressed, "
+        f"at a test error of {lost:.1f} % (before: {dense:.1f} %).")
+
+
+def channels(records: Records) -> Finding:
+    """Chapter 5: removal of channels by divergence beside removal at random and the small network from scratch."""
+    share = 100 * records["half_share"]
+    kl, random, scratch = (100 * records[f"half_{name}"] for name in ("kl", "random", "scratch"))
+    return Finding(
+        "05_channel_divergence", "Does the divergence between channels tell which ones can go?",
+        f"validation accuracy without {share:.0f} % of the channels (%)",
+        [Bar("at random", random), Bar("by KL divergence", kl, OURS), Bar("from scratch", scratch, CONTROL)],
+        f"Without {share:.0f} % of its channels, fine-tuned briefly, a network is at {kl:.1f} % where KL divergence chose "
+        f"them and at {random:.1f} % where chance did; a network of that size from scratch is at {scratch:.1f} %.")
+
+
+def lesions(records: Records) -> Finding:
+    """Chapter 7: what the loss of one unit costs with and without skip connections."""
+    known = {"resnet": "with skips (ResNet)", "plain": "its twin without", "vgg": "VGG"}
+    bars = [Bar(label, records[f"lesion_{name}"], OURS if name == "resnet" else PLAIN)
+            for name, label in known.items() if f"lesion_{name}" in records]
+    return Finding(
+        "07_skip_units", "What does a network lose with one of its layers?",
+        "accuracy lost with one unit (points, median)", bars,
+        f"One unit removed from a network with skip connections costs {records['lesion_resnet']:.1f} points of accuracy "
+        f"(the median over units), from the same network without them {records['lesion_plain']:.1f}.")
+
+
+def units(records: Records) -> Finding:
+    """Chapter 8: pruning of units by Fisher score beside the small network from scratch."""
+    bars = [Bar(label, 100 * records[f"test_{name}"], colour, _spread(records.get(f"test_{name}_by_seed")))
+            for name, label, colour in (("full", "full network", PLAIN), ("pruned", "pruned and retrained", OURS),
+                                        ("from_scratch", "as small, from scratch", CONTROL))]
+    full, pruned, scratch = (bar.value for bar in bars)
+    return Finding(
+        "08_unit_pruning", "Which units of a deep network can go?", "test accuracy (%)", bars,
+        f"Pruned by the Fisher score of its units and retrained, {100 * records['removed']:.0f} % of its parameters fewer, "
+        f"a network is at {pruned:.1f} % (full: {full:.1f} %), the same small network from scratch at {scratch:.1f} %.")
+
+
+def published() -> list[dict[str, str]]:
+    """The rows of `data/published.csv`."""
+    with PUBLISHED.open(encoding="utf-8", newline="") as file:
+        return list(csv.DictReader(file))
+
+
+FINDINGS: tuple[Callable[[Records], Finding], ...] = (noise, size, channels, lesions, units)
+
+
+def _spread(values: Sequence[float] | None) -> float | None:
+    return 100 * statistics.stdev(values) if values and len(values) > 1 else None
+
+
+def findings(executed: Path, stored: Path = STORED) -> list[Finding]:
+    """The findings that the runs below two folders give, each from the run that weighs most.
+
+    Parameters
+    ----------
+    executed : folder of the runs that the site shows
+    stored : folder of the runs that the repository keeps
+    """
+    runs = [json.loads(file.read_text(encoding="utf-8")) | {"stored": folder == stored} for folder in (stored, executed)
+            for file in sorted(folder.rglob("results.json"))]
+    found = (_finding(make, runs) for make in FINDINGS)
+    return [finding for finding in found if finding]
+
+
+def _finding(make: Callable[[Records], Finding], runs: Iterable[dict]) -> Finding | None:
+    for run in sorted(runs, key=_weight, reverse=True):
+        try:
+            finding = make(run["records"])
+        except KeyError:
+            continue  # the run of another chapter, or of one that recorded other things then
+        if finding.chapter == run["chapter"]:
+            return Finding(**{**vars(finding), "conditions": _conditions(run)})
+    return None
+
+
+def _weight(run: dict) -> tuple[bool, int, int]:
+    """Three seeds or more before fewer, then large data before small, then the number of seeds."""
+    seeds, dataset = run["parameters"].get("seeds", 1), run["parameters"].get("dataset")
+    return seeds >= 3, DATASETS.index(dataset) if dataset in DATASETS else -1, seeds
+
+
+def _conditions(run: dict) -> str:
+    given, records = run["parameters"], run["records"]
+    network = records.get("networks") or records.get("network") or given.get("network", "")
+    seeds, limit = given.get("seeds", 1), given.get("limit")
+    some = f"{limit:,} images of " if limit and run["stored"] else ""
+    origin = "a stored run" if run["stored"] else "the quick run of this site"
+    return f"{network} on {some}{given.get('dataset')}, {seeds} {'seed' if seeds == 1 else 'seeds'}, {origin}"
+
+
+def write(executed: Path, folder: Path, stored: Path = STORED) -> None:
+    """Write `findings.md`, which the first page includes, and the picture in it, `findings.png`, to a folder."""
+    found = findings(executed, stored)
+    if found:
+        draw(found, folder / "findings.png")
+    (folder / "findings.md").write_text(page(found), encoding="utf-8")
+
+
+def page(found: Sequence[Finding]) -> str:
+    """The picture and a line for each finding, in MyST."""
+    if not found:
+        return "The findings stand here once the chapters have run.\n"
+    spoken = " ".join(f"{finding.question} {_spoken(finding)}." for finding in found)
+    lines = [f"- **{finding.question}** {finding.sentence} *[Chapter {int(finding.chapter[:2])}]({finding.chapter}.ipynb); "
+             f"{finding.conditions}.*" for finding in found]
+    picture = [":::{figure} findings.png", ":name: fig-findings", f":alt: {spoken}", "",
+               "What was found, each beside what it has to be compared with. Lines on bars: standard deviation over seeds.",
+               ":::", ""]
+    return "\n".join([*picture, *lines, ""])
+
+
+def _spoken(finding: Finding) -> str:
+    return f"{finding.unit}: " + ", ".join(f"{bar.label} {bar.value:.1f}" for bar in finding.bars)
+
+
+def draw(found: Sequence[Finding], file: Path) -> None:
+    """Horizontal bars, a panel for each finding."""
+    from matplotlib.figure import Figure
+
+    from fishlib.notebook import plot_style
+
+    plot_style()
+    rows = [len(finding.bars) for finding in found]
+    figure = Figure(figsize=(7.0, 0.35 * sum(rows) + 0.95 * len(found)), layout="constrained", dpi=160)
+    figure.get_layout_engine().set(h_pad=0.1)
+    panels = figure.subplots(len(found), 1, squeeze=False, height_ratios=[row + 0.6 for row in rows])[:, 0]
+    for finding, panel in zip(found, panels, strict=True):
+        labels = [bar.label for bar in finding.bars]
+        values = [bar.value for bar in finding.bars]
+        panel.barh(labels, values, color=[bar.colour for bar in finding.bars],
+                   xerr=[bar.spread or 0 for bar in finding.bars], height=0.7)
+        for place, bar in enumerate(finding.bars):
+            panel.text(bar.value + (bar.spread or 0), place, f" {bar.value:.1f}", va="center")
+        panel.set(xlim=(0, 1.15 * max(values)), xlabel=finding.unit)
+        panel.locator_params(axis="x", nbins=6)
+        panel.set_title(finding.question, loc="left", x=0)
+        panel.invert_yaxis()
+        panel.grid(visible=False, axis="y")
+    figure.savefig(file, facecolor="white")
