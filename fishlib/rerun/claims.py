@@ -14,6 +14,7 @@ from __future__ import annotations
 import ast
 import io
 import json
+import re
 import subprocess
 import tarfile
 import tempfile
@@ -41,7 +42,16 @@ FEW = 3  # seeds from which a verdict is of high confidence
 ALLOWED = (ast.Expression, ast.BoolOp, ast.And, ast.Or, ast.UnaryOp, ast.Not, ast.USub, ast.BinOp, ast.Add, ast.Sub, ast.Mult,
            ast.Div, ast.Compare, ast.Lt, ast.LtE, ast.Gt, ast.GtE, ast.Eq, ast.NotEq, ast.In, ast.NotIn, ast.Name, ast.Load,
            ast.Constant, ast.Subscript, ast.Call)
-FUNCTIONS = {"abs": abs, "len": len, "max": max, "min": min}
+
+
+def number(text: str, name: str) -> float:
+    """The number that follows a name in a text; LookupError if there is none."""
+    if match := re.search(rf"(?<!\w){re.escape(name)} ([+-]?\d+(?:\.\d+)?)", text):
+        return float(match[1])
+    raise LookupError(f"no number for {name} in {text!r}")
+
+
+FUNCTIONS = {"abs": abs, "len": len, "max": max, "min": min, "number": number}
 
 
 @dataclass(frozen=True)
