@@ -278,7 +278,7 @@ def provenance(data: Any = None) -> None:
         "parameters": ", ".join(f"{name}={value}" for name, value in facts["parameters"].items()),
         "data": ", ".join(f"{name} {value[:12]}" for name, value in facts["data"].items()) or "none",
         "code": (facts["commit"] or "unknown")[:12] + (" with uncommitted changes" if facts["dirty"] else ""),
-        "device": facts["device"],
+        "device": f"{facts['device']}, at most {facts['memory_bytes'] / 1e9:.1f} GB of its memory",
         "versions": ", ".join(f"{name} {version}" for name, version in facts["versions"].items()),
         "duration": f"{facts['duration_s']:.0f} s",
     }
@@ -296,7 +296,7 @@ def _table(rows: dict[str, str]) -> str:
 
 
 def collect_provenance(data: Any = None) -> dict[str, Any]:
-    """Commit, versions, device, seed, profile, parameters, data fingerprints and duration since `start`."""
+    """Commit, versions, device, peak memory, seed, profile, parameters, data fingerprints and duration since `start`."""
     from pytorch_lightning import LightningDataModule
 
     sets = [data] if isinstance(data, LightningDataModule) else list(data or [])
@@ -304,7 +304,7 @@ def collect_provenance(data: Any = None) -> dict[str, Any]:
     return {
         "commit": commit, "dirty": dirty, "profile": _run["profile"], "parameters": _plain(_run["settings"]),
         "seed": _run["settings"].get("seed"), "data": {one.name: one.fingerprint for one in sets},
-        "device": device_name(), "python": platform.python_version(),
+        "device": device_name(), "memory_bytes": peak_memory(), "python": platform.python_version(),
         "versions": {name: _version(name) for name in PACKAGES},
         "duration_s": round(time.time() - _run["started"], 1),
     }
@@ -334,6 +334,22 @@ def device_name() -> str:
     if torch.cuda.is_available():
         return torch.cuda.get_device_name()
     return f"{_cpu()}, {torch.get_num_threads()} threads"
+
+
+def peak_memory() -> int:
+    """Bytes: the most that torch has held on the GPU, or without one, the most that this process has held."""
+    import torch
+
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated()
+    try:
+        import resource
+    except ImportError:  # Windows
+        import psutil
+
+        return psutil.Process().memory_info().peak_wset
+    unit = 1 if platform.system() == "Darwin" else 1024
+    return unit * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
 
 def _cpu() -> str:

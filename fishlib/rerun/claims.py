@@ -14,6 +14,7 @@ from __future__ import annotations
 import ast
 import io
 import json
+import re
 import subprocess
 import tarfile
 import tempfile
@@ -36,11 +37,21 @@ STORED = chapters.ROOT / "data" / "runs"
 VERDICTS = ("holds", "holds in part", "does not hold", "not yet run")
 # What a run may differ in and still be the same experiment: where it keeps unfinished work.
 PLACES = ("storage",)
+FAMILIES = ("resnet", "vgg", "densenet")  # networks that differ in their depth alone
 FEW = 3  # seeds from which a verdict is of high confidence
 ALLOWED = (ast.Expression, ast.BoolOp, ast.And, ast.Or, ast.UnaryOp, ast.Not, ast.USub, ast.BinOp, ast.Add, ast.Sub, ast.Mult,
            ast.Div, ast.Compare, ast.Lt, ast.LtE, ast.Gt, ast.GtE, ast.Eq, ast.NotEq, ast.In, ast.NotIn, ast.Name, ast.Load,
            ast.Constant, ast.Subscript, ast.Call)
-FUNCTIONS = {"abs": abs, "len": len, "max": max, "min": min}
+
+
+def number(text: str, name: str) -> float:
+    """The number that follows a name in a text; LookupError if there is none."""
+    if match := re.search(rf"(?<!\w){re.escape(name)} ([+-]?\d+(?:\.\d+)?)", text):
+        return float(match[1])
+    raise LookupError(f"no number for {name} in {text!r}")
+
+
+FUNCTIONS = {"abs": abs, "len": len, "max": max, "min": min, "number": number}
 
 
 @dataclass(frozen=True)
@@ -218,8 +229,10 @@ def results(experiment: Experiment, found: Sequence[dict[str, Any]]) -> tuple[di
 
 
 def _subject(parameters: Mapping[str, Any]) -> tuple[Any, str]:
-    """Data set and family of the network: resnet20 and resnet110 are of one family."""
-    return parameters.get("dataset"), str(parameters.get("network", "")).rstrip("0123456789")
+    """Data set and family of the network: resnet20 and resnet110 are of one family, lenet300 and lenet5 are not."""
+    name = str(parameters.get("network", ""))
+    family = name.rstrip("0123456789")
+    return parameters.get("dataset"), family if family in FAMILIES else name
 
 
 def differences(content: Mapping[str, Any], parameters: Mapping[str, Any]) -> dict[str, Any]:
@@ -358,3 +371,55 @@ def _mark_at(commit: str, stem: str, library: str | None) -> SimpleNamespace | N
         package = Path(folder) / "fishlib"
         # The library may have had changes that were not committed.
         return mark(Path(folder) / names[-1], package) if chapters.library(package) == library else None
+
+
+# Making what is missing.
+
+
+def chosen(which: str, book: Book, found: Sequence[dict[str, Any]], gpu: bool) -> list[Experiment]:
+    """Experiments to run, those of shortest expected time first.
+
+    Parameters
+    ----------
+    which : "missing", "stale", or names of runs or claims, separated by commas
+    gpu : whether the expected time is that on a GPU
+
+    Raises
+    ------
+    ValueError
+        a name that is neither a run nor a claim with a run, or a run that the chapter itself holds
+    """
+    names = [name.strip() for name in which.split(",")]
+    if names in (["missing"], ["stale"]):
+        wanted = [one for one in book.experiments.values() if state(one, found) == names[0]]
+    else:
+        wanted = list({one.id: one for one in (_experiment(name, book) for name in names)}.values())
+    if held := [one for one in wanted if one.profile == "quick"]:
+        raise ValueError(f"{held[0].id} is a quick run, which its chapter holds: use `{held[0].command}`")
+    return sorted(wanted, key=lambda one: one.gpu if gpu else one.cpu)
+
+
+def _experiment(name: str, book: Book) -> Experiment:
+    run = book.claims[name].run if name in book.claims and name not in book.experiments else name
+    if run not in book.experiments:
+        raise ValueError(f"{name!r} is neither a run nor a claim that a run decides: use missing, stale, or names that "
+                         "`fishlib claims` lists")
+    return book.experiments[run]
+
+
+def resumes(run: runs.Run) -> bool:
+    """Whether the chapter keeps unfinished training, so that a run that was stopped goes on."""
+    sources = (cell.source for cell in chapters.read(run.chapter).cells if cell.cell_type == "code")
+    return bool(run.parameters.get("storage")) or any("FISHLIB_CHECKPOINTS" in source for source in sources)
+
+
+def store(run: runs.Run, experiment: Experiment) -> Path:
+    """Copy the results of a finished run to `data/runs`, whole or not at all, in place of older ones of the same run."""
+    text = run.results.read_text(encoding="utf-8")
+    target = STORED / experiment.chapter / experiment.id / "results.json"
+    for file in sorted((STORED / experiment.chapter).rglob("results.json")):
+        content = json.loads(file.read_text(encoding="utf-8"))
+        if content.get("chapter") == experiment.chapter and not differences(content, run.parameters):
+            target = file
+    runs.write(target, text)
+    return target

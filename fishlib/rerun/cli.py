@@ -7,7 +7,9 @@ Exit status: 0 when all is done; 1 when a run or the rendering failed; 2 when th
 from __future__ import annotations
 
 import errno
+import json
 import os
+import re
 import shlex
 import shutil
 import sys
@@ -90,24 +92,36 @@ force = click.option("--force", is_flag=True, help="Run also what is finished al
 
 
 @main.command()
-@click.argument("names", metavar="CHAPTER...", nargs=-1, required=True)
+@click.argument("names", metavar="CHAPTER...", nargs=-1)
 @profile
 @parameters
+@click.option("--claims", "which", metavar="WHICH",
+              help="Instead of chapters: run and store what claims need. missing, stale, or names from `fishlib claims`.")
+@click.option("--budget", metavar="DURATION", help="With --claims: end after 90s, 10m or 8h; start again to go on.")
 @click.option("--out", type=click.Path(path_type=Path, file_okay=False),
               help="Folder for <chapter>.ipynb and results.json; with several chapters, a folder in it for each.")
 @click.option("-j", "--jobs", type=click.IntRange(min=1),
               help="Chapters at once. Default: as cores and memory allow at quick on a CPU, else one.")
 @timeout
 @force
-def run(names: Sequence[str], profile: str, given: Sequence[tuple[str, str]], out: Path | None, jobs: int | None,
-        timeout: float | None, force: bool) -> None:
+def run(names: Sequence[str], profile: str, given: Sequence[tuple[str, str]], which: str | None, budget: str | None,
+        out: Path | None, jobs: int | None, timeout: float | None, force: bool) -> None:
     """Execute chapters by papermill, each in a process of its own.
 
     Writes the executed notebook and results.json (records, parameters, provenance). Without --out, runs at the quick
     profile with nothing changed go to _build/executed/<chapter>/, where `fishlib render` takes them from; all others
     go to _build/runs/<chapter>/<identity>/. A finished run is not run again as long as its chapter, parameters, data,
     library and pinned versions stay the same. A failing run leaves <chapter>.failed.ipynb.
+
+    With --claims, the runs that decide the proposals' claims are made one after the other, the shortest first, and their
+    results stored in data/runs. It can be killed at any moment: start it again, and what was trained is not trained again
+    where the chapter keeps checkpoints.
     """
+    with checking():
+        _check_claims(which, names, budget, profile != "quick" or given or out or jobs or timeout or force)
+        seconds = None if budget is None else _seconds(budget)
+    if which:
+        sys.exit(_work(which, seconds))
     with checking():
         loaded = list({chapter.path: chapter for chapter in map(chapters.load, names)}.values())
         settled = [chapter.settle(profile, _pairs(given)) for chapter in loaded]
@@ -120,6 +134,88 @@ def run(names: Sequence[str], profile: str, given: Sequence[tuple[str, str]], ou
     waiting = _without_finished(planned, force, display)
     if _perform(waiting, jobs or _default_jobs(len(waiting), profile), timeout, display):
         sys.exit(1)
+
+
+def _check_claims(which: str | None, names: Sequence[str], budget: str | None, others: Any) -> None:
+    if which is None and not names:
+        raise ValueError("name a chapter, or say --claims missing")
+    if which is None and budget is not None:
+        raise ValueError("--budget goes with --claims; --timeout limits a single run")
+    if which is not None and (names or others):
+        raise ValueError("--claims goes with --budget alone: chapters, profiles and parameters are those of data/claims.yml")
+
+
+def _seconds(text: str) -> float:
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([smh])", text.strip())
+    if not match or not float(match[1]):
+        raise ValueError(f"--budget {text!r} is no duration: write 90s, 10m or 8h")
+    return float(match[1]) * {"s": 1, "m": 60, "h": 3600}[match[2]]
+
+
+def _work(which: str, budget: float | None) -> int:
+    """Make and store the runs that claims need, as far as the budget goes; the exit status."""
+    from fishlib.rerun import claims as judging
+    from fishlib.rerun import devices
+
+    ends, gpu, failed = None if budget is None else time.monotonic() + budget, bool(devices.available()), False
+    with checking():
+        wanted = judging.chosen(which, judging.load(), judging.stored(), gpu)
+    display = Display()
+    display.line(f"{_runs(len(wanted))} to make, on {'a GPU' if gpu else 'the CPU'}")
+    for one in wanted:
+        left = None if ends is None else ends - time.monotonic()
+        if left is not None and left <= 0:
+            display.line("the budget is spent: start the same command again to go on")
+            break
+        expected = 60 * (one.gpu if gpu else one.cpu)
+        with checking():
+            plan = judging.planned(one)
+        if reason := _cannot_start(plan, expected, left, judging):
+            display.line(f"{one.id}: {reason}")
+        else:
+            failed = _make(one, plan, expected, left, display) or failed
+    return int(failed)
+
+
+def _cannot_start(plan: Any, expected: float, left: float | None, judging: Any) -> str:
+    if plan is None:
+        return "its chapter is not there yet"
+    dataset = plan.parameters.get("dataset")
+    if chapters.missing_data(dataset):
+        return f"{dataset}.npz is not on this machine: put it into FISHLIB_DATA"
+    if left is not None and expected > left and not runs.finished(plan) and not judging.resumes(plan):
+        return f"it takes about {_duration(expected)} in one piece, more than is left of the budget"
+    return ""
+
+
+def _make(one: Any, plan: runs.Run, expected: float, left: float | None, display: Display) -> bool:
+    """Run an experiment, or go on with it, and store its results; whether it failed."""
+    from fishlib.rerun import claims as judging
+
+    if not runs.finished(plan):
+        display.line(f"{one.id}: running {one.chapter}, about {_duration(expected)} when begun anew")
+        folder = chapters.BUILD / "checkpoints" / plan.identity
+        running = runs.Running()
+        try:
+            ((_, outcome),) = runs.perform([plan], 1, left, {"FISHLIB_CHECKPOINTS": str(folder)}, running,
+                                           lambda: display.status(f"{one.id} {running.cells}"))
+        except KeyboardInterrupt:
+            display.line("interrupted: start the same command again, it goes on")
+            sys.exit(130)
+        if outcome.status == "timeout":
+            plan.partial.unlink(missing_ok=True)
+            display.line(f"{one.id}: stopped at the end of the budget, start again to go on")
+            return False
+        if outcome.status != "finished":
+            display.line(outcome.message, fg="red")
+            return True
+    file = judging.store(plan, one)
+    shutil.rmtree(chapters.BUILD / "checkpoints" / plan.identity, ignore_errors=True)
+    made = json.loads(file.read_text(encoding="utf-8"))["provenance"]
+    memory = made.get("memory_bytes")
+    display.line(f"{one.id}: {_duration(made['seconds'])} on {made['device'] or 'an unknown device'}"
+                 + (f", at most {memory / 1e9:.1f} GB" if memory else "") + f"; stored as {_short(file)}")
+    return False
 
 
 def _pairs(given: Sequence[tuple[str, str]]) -> dict[str, str]:
@@ -281,8 +377,6 @@ def render(executed: Path | None, out: Path | None) -> None:
 
 def _stale(executed: Path) -> list[str]:
     """Chapters whose run is not what they would give now."""
-    import json
-
     stale = []
     for file in sorted([*executed.glob("results.json"), *executed.glob("*/results.json")]):
         content = json.loads(file.read_text(encoding="utf-8"))

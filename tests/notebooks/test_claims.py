@@ -1,5 +1,6 @@
 """Claims beside the runs that decide them: what is read, what counts as the same run, which verdict follows."""
 
+import ast
 import json
 import shutil
 import subprocess
@@ -46,6 +47,22 @@ def test_the_books_own_claims_name_existing_rows_profiles_and_parameters():
         claims.planned(experiment)
         assert experiment.gpu > 0
         assert experiment.cpu > 0
+
+
+def test_the_books_own_conditions_read_records_that_their_chapters_make():
+    book = claims.load()
+    for claim in (claim for claim in book.claims.values() if claim.holds):
+        quick = claims.in_chapter(book.experiments[claim.run].chapter)
+        made = quick["records"] if quick else {}
+        for text in filter(None, (claim.holds, claim.in_part, *claim.decides.split(", "))):
+            names = {node.id for node in ast.walk(ast.parse(text.strip(), mode="eval")) if isinstance(node, ast.Name)}
+            assert not quick or names <= {*made, *claims.FUNCTIONS, "published"}, claim.id
+
+
+def test_a_number_is_read_after_its_name():
+    assert claims.number("maxout -1.2, tri-planar +0.5", "tri-planar") == 0.5
+    with pytest.raises(LookupError, match="separable"):
+        claims.number("maxout -1.2", "separable")
 
 
 @pytest.mark.parametrize(("change", "message"), [

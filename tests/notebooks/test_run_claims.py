@@ -1,0 +1,170 @@
+"""`fishlib run --claims`: what is missing is made and stored; a budget, a failure or a kill leaves nothing half done."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner
+from small_chapters import alive, eventually, lines, load, write_chapter
+
+from fishlib.rerun import chapters, claims
+from fishlib.rerun.cli import main
+
+# Forty steps, of which the folder for checkpoints remembers how many are done.
+STEPS = '''import os, time
+from pathlib import Path
+
+folder = Path(os.environ["FISHLIB_CHECKPOINTS"])
+folder.mkdir(parents=True, exist_ok=True)
+done = folder / "done"
+Path({pid!r}).write_text(str(os.getpid()))
+while len(done.read_text() if done.exists() else "") < 40:
+    time.sleep(0.1)
+    with done.open("a") as file:
+        _ = file.write("x")
+    with open({log!r}, "a") as file:
+        _ = file.write("step\\n")
+'''
+
+
+@pytest.fixture
+def book(tmp_path, monkeypatch, build):
+    """Writes chapters and claims for them in a folder of their own; `book.folder` is where results are stored."""
+
+    def make(minutes=1.0, dataset="digits", **cells):
+        runs = {}
+        for number, (name, source) in enumerate(cells.items()):
+            stem = f"1{number}_{name}"
+            path = write_chapter(tmp_path / "chapters" / f"{stem}.ipynb", source)
+            profiles = path.parent / "profiles" / f"{stem}.yml"
+            profiles.parent.mkdir(exist_ok=True)
+            profiles.write_text(json.dumps({"full": {"strength": 2, "dataset": dataset}}))
+            runs[name] = {"chapter": stem, "profile": "full", "gpu": minutes / (number + 1), "cpu": minutes / (number + 1)}
+        listed = [{"id": f"c-{name}", "proposal": "S1", "item": 1, "claim": "x", "bar": "x", "run": name,
+                   "holds": "accuracy > 0.5"} for name in runs]
+        (tmp_path / "claims.yml").write_text(json.dumps({"runs": runs, "claims": listed}))
+
+    make.folder = tmp_path / "stored"
+    monkeypatch.setattr(chapters, "CHAPTERS", tmp_path / "chapters")
+    monkeypatch.setattr(claims, "STORED", make.folder)
+    monkeypatch.setattr(claims.load, "__defaults__", (tmp_path / "claims.yml", claims.PUBLISHED))
+    return make
+
+
+def fishlib(*words):
+    return CliRunner().invoke(main, [str(word) for word in words])
+
+
+def test_what_is_missing_is_made_in_order_of_time_stored_and_not_made_again(book):
+    book(slow="x = 1", quick="x = 2")
+    result = fishlib("run", "--claims", "missing")
+    assert result.exit_code == 0, result.output
+    assert result.output.index("quick: running") < result.output.index("slow: running")
+    stored = load(book.folder / "11_quick" / "quick")
+    assert stored["records"] == {"accuracy": pytest.approx(0.92)}
+    assert {"code", "quick", "seconds", "device"} <= set(stored["provenance"])
+    assert "0 runs to make" in fishlib("run", "--claims", "missing").output
+    listed = fishlib("claims").output
+    assert listed.count("current") == 4
+    assert "holds: 2, holds in part: 0" in listed
+
+
+def test_one_run_is_chosen_by_its_name_or_by_that_of_its_claim(book):
+    book(one="x = 1", two="x = 2")
+    assert fishlib("run", "--claims", "c-two").exit_code == 0
+    assert [folder.name for folder in book.folder.iterdir()] == ["11_two"]
+    wrong = fishlib("run", "--claims", "three")
+    assert wrong.exit_code == 2
+    assert "'three' is neither" in wrong.output
+
+
+@pytest.mark.parametrize(("words", "message"), [
+    ([], "name a chapter"), (["--budget", "10m", "10_one"], "goes with --claims"), (["--claims", "missing", "10_one"], "alone"),
+    (["--claims", "missing", "--profile", "full"], "alone"), (["--claims", "missing", "--budget", "soon"], "write 90s")])
+def test_words_that_do_not_go_together_are_refused(book, words, message):
+    book(one="x = 1")
+    result = fishlib("run", *words)
+    assert result.exit_code == 2
+    assert message in result.output
+
+
+def test_a_failing_run_does_not_stop_the_others_and_is_not_stored(book):
+    book(good="x = 1", bad="raise RuntimeError('on purpose')")
+    result = fishlib("run", "--claims", "missing")
+    assert result.exit_code == 1
+    assert "on purpose" in result.output
+    assert [folder.name for folder in book.folder.iterdir()] == ["10_good"]
+
+
+def test_a_run_without_its_data_or_too_long_for_the_budget_is_not_begun(book, monkeypatch, tmp_path):
+    monkeypatch.setenv("FISHLIB_DATA", str(tmp_path))
+    monkeypatch.setattr(chapters, "ROOT", tmp_path)
+    book(one="x = 1", dataset="mnist")
+    result = fishlib("run", "--claims", "missing")
+    assert result.exit_code == 0
+    assert "put it into FISHLIB_DATA" in result.output
+    book(one="x = 1", minutes=60)
+    assert "in one piece" in fishlib("run", "--claims", "missing", "--budget", "10s").output
+    assert not book.folder.exists()
+
+
+def test_a_run_stopped_by_the_budget_goes_on_where_it_was(book, tmp_path):
+    log, pid = tmp_path / "log", tmp_path / "pid"
+    book(steps=STEPS.format(log=str(log), pid=str(pid)), minutes=60)
+    first = fishlib("run", "--claims", "missing", "--budget", "6s")
+    assert first.exit_code == 0, first.output
+    assert not book.folder.exists() or "stored as" in first.output
+    again = fishlib("run", "--claims", "missing")
+    assert again.exit_code == 0, again.output
+    assert (book.folder / "10_steps" / "steps" / "results.json").is_file()
+    assert len(lines(log)) == 40
+
+
+def test_a_kill_leaves_no_process_and_no_half_written_result(book, tmp_path, build):
+    log, pid = tmp_path / "log", tmp_path / "pid"
+    book(steps=STEPS.format(log=str(log), pid=str(pid)))
+    program = ("import sys\nfrom pathlib import Path\nfrom fishlib.rerun import chapters, claims\n"
+               "build, folder, stored, file = map(Path, sys.argv[1:])\n"
+               "chapters.BUILD, chapters.CHAPTERS, claims.STORED = build, folder, stored\n"
+               "claims.load.__defaults__ = (file, claims.PUBLISHED)\n"
+               "from fishlib.rerun.cli import main\nmain(['run', '--claims', 'missing'])\n")
+    places = [build, chapters.CHAPTERS, book.folder, tmp_path / "claims.yml"]
+    process = subprocess.Popen([sys.executable, "-c", program, *map(str, places)], stdout=subprocess.DEVNULL,
+                               env=os.environ | {"PYTHONPATH": str(chapters.PACKAGE.parent)})
+    try:
+        eventually(lambda: len(lines(log)) > 3)
+    finally:
+        process.kill()
+        process.wait()
+    eventually(lambda: not alive(int(pid.read_text())))
+    assert not book.folder.exists()
+    assert not list(Path(build).rglob("results.json"))
+    assert fishlib("run", "--claims", "missing").exit_code == 0
+    assert load(book.folder / "10_steps" / "steps")["records"] == {"accuracy": pytest.approx(0.92)}
+    assert len(lines(log)) in (39, 40)  # a step may have reached its checkpoint and not the log
+
+
+def test_a_finished_run_that_was_not_stored_any_more_is_stored_without_a_run(book, monkeypatch):
+    book(one="x = 1")
+    assert fishlib("run", "--claims", "missing").exit_code == 0
+    (file,) = book.folder.rglob("results.json")
+    text = file.read_text()
+    file.unlink()
+    monkeypatch.setattr("fishlib.rerun.run.perform", None)
+    assert fishlib("run", "--claims", "missing").exit_code == 0
+    assert file.read_text() == text
+
+
+def test_a_newer_result_takes_the_place_of_the_older_one(book):
+    book(one="x = 1")
+    assert fishlib("run", "--claims", "missing").exit_code == 0
+    (file,) = book.folder.rglob("results.json")
+    old = file.parent.with_name("by another name") / "results.json"
+    old.parent.mkdir()
+    file.rename(old)
+    file.parent.rmdir()
+    assert fishlib("run", "--claims", "one").exit_code == 0
+    assert [*book.folder.rglob("results.json")] == [old]
