@@ -70,12 +70,6 @@ def feature_maps(seed: int) -> tuple[NDArray, NDArray, NDArray]:
     return a, rng.normal(size=(5, 8)), rng.normal(size=5)
 
 
-def histograms(seed: int) -> NDArray:
-    """Counts (6, 12): how often the values of 6 channels fell into each of 12 bins."""
-    rng = draw(seed, "histograms")
-    return rng.multinomial(200, rng.dirichlet(np.full(12, 0.5), 6)).astype(float)
-
-
 def linear_units(seed: int) -> tuple[NDArray, NDArray]:
     """A state x (6,) and the matrices M (5, 6, 6) of residual units U + M U."""
     rng = draw(seed, "linear units")
@@ -83,10 +77,11 @@ def linear_units(seed: int) -> tuple[NDArray, NDArray]:
 
 
 def class_features(seed: int) -> tuple[NDArray, NDArray]:
-    """Features (150, 4) and their labels (150,) from 0 to 2, each class with means and spreads of its own."""
+    """Features (150, 4), which vary together, and their labels (150,) from 0 to 2; each class has a mean and covariance."""
     rng = draw(seed, "class features")
     labels = rng.permutation(np.repeat(np.arange(3), 50))
-    return rng.normal(size=(3, 4))[labels] + rng.uniform(0.4, 1.6, (3, 4))[labels] * rng.normal(size=(150, 4)), labels
+    mix = np.eye(4) + 0.5 * rng.normal(size=(3, 4, 4))
+    return rng.normal(size=(3, 4))[labels] + np.einsum("nij,nj->ni", mix[labels], rng.normal(size=(150, 4))), labels
 
 
 def unit_outputs(seed: int) -> tuple[NDArray, NDArray]:

@@ -4,24 +4,24 @@
 import numpy as np
 
 
-# q1: the other way round
+# q1: KL of channel 2 from channel 1
 def louder(c):
-    return 0.5 * (c**2 - 1) - np.log(c)
+    return c - 1 - np.log(c)
 
 
-# q1: not c
+# q1: formula for Gaussians
 def louder(c):
-    return 0.5 * (1 / c - 1 + np.log(c))
+    return 0.5 * (1 / c**2 - 1) + np.log(c)
 
 
-# q1: enters once
+# q1: entropy of channel 1 is missing
 def louder(c):
-    return 0.5 * (1 / c**2 - 1) + np.log(c**2)
+    return np.log(c) + 1 / c
 
 
 # q1: this is in bits
 def louder(c):
-    return (0.5 * (1 / c**2 - 1) + np.log(c)) / np.log(2)
+    return (np.log(c) + 1 / c - 1) / np.log(2)
 
 
 # q2: that is the printed claim
@@ -44,33 +44,24 @@ def savings(C, G, d):
     return C**2 / (G**2 * d)
 
 
-# q3: rows and columns are exchanged
-def kl_matrix(counts, s):
-    p = (counts + s) / (counts + s).sum(1, keepdims=True)
-    log = np.log(p)
-    return (p * log).sum(1) - log @ p.T
+# q3: B - 1 free shares
+def noise_floor(B, n, m):
+    return B / 2 * (1 / n + 1 / m)
 
 
-# q3: do not add up to one
-def kl_matrix(counts, s):
-    p = (counts + s) / counts.sum(1, keepdims=True)
-    log = np.log(p)
-    return (p * log).sum(1, keepdims=True) - p @ log.T
+# q3: only one of them counts
+def noise_floor(B, n, m):
+    return (B - 1) / (2 * n)
 
 
-# q3: this is in bits
-def kl_matrix(counts, s):
-    p = (counts + s) / (counts + s).sum(1, keepdims=True)
-    log = np.log2(p)
-    return (p * log).sum(1, keepdims=True) - p @ log.T
+# q3: variances of the two shares add up
+def noise_floor(B, n, m):
+    return (B - 1) / (2 * (n + m))
 
 
-# q3: holds NaN
-def kl_matrix(counts, s):
-    p = counts / counts.sum(1, keepdims=True)
-    with np.errstate(all="ignore"):
-        log = np.log(p)
-        return (p * log).sum(1, keepdims=True) - p @ log.T
+# q3: 4000 pairs of histograms of one density
+def noise_floor(B, n, m):
+    return (B - 1) * (1 / n + 1 / m)
 
 
 # q4: that is the printed claim

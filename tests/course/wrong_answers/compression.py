@@ -42,25 +42,29 @@ def quantise(w, bits):
     return low + np.round((w - low) / step) * step
 
 
-# q3: plain mean
-def centroids(w, f, labels, old):
-    return np.array([w[labels == j].mean() for j in range(len(old))])
+# q3: these are the nearest values
+def assign(w, f, codebook, bits, price):
+    return np.abs(w[:, None] - codebook).argmin(1)
 
 
-# q3: divides by the number of weights
-def centroids(w, f, labels, old):
-    return np.array([np.mean((f * w)[labels == j]) for j in range(len(old))])
+# q3: the Fisher information is missing
+def assign(w, f, codebook, bits, price):
+    return (0.5 * (w[:, None] - codebook) ** 2 + price * bits).argmin(1)
 
 
-# q3: holds NaN
-def centroids(w, f, labels, old):
-    with np.errstate(all='ignore'):
-        return np.bincount(labels, f * w, len(old)) / np.bincount(labels, f, len(old))
+# q3: the half in front of the Fisher information
+def assign(w, f, codebook, bits, price):
+    return (f[:, None] * (w[:, None] - codebook) ** 2 + price * bits).argmin(1)
 
 
-# q3: they became zero
-def centroids(w, f, labels, old):
-    return np.bincount(labels, f * w, len(old)) / np.maximum(np.bincount(labels, f, len(old)), 1e-30)
+# q3: the price of a bit is missing
+def assign(w, f, codebook, bits, price):
+    return (0.5 * f[:, None] * (w[:, None] - codebook) ** 2 + bits).argmin(1)
+
+
+# q3: their numbers were asked for
+def assign(w, f, codebook, bits, price):
+    return codebook[(0.5 * f[:, None] * (w[:, None] - codebook) ** 2 + price * bits).argmin(1)]
 
 
 # q4: the others have not moved

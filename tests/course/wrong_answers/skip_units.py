@@ -74,26 +74,31 @@ def gap(m, v, n, u):
     return 1 / v - (v + (m - n) ** 2) / u**2
 
 
-# q4: only pairs i < j
-def score(features, labels):
-    parts = [features[labels == c] for c in range(3)]
-    pairs = [(parts[0], parts[1]), (parts[0], parts[2]), (parts[1], parts[2])]
-    return max(0.5 * np.sum(a.var(0) * (1 / a.var(0) - 1 / b.var(0)) ** 2 + ((a.mean(0) - b.mean(0)) / b.var(0)) ** 2)
-               for a, b in pairs)
+# q4: the mean is over p
+def divergence(mean_p, S_p, mean_q, S_q):
+    inverse = np.linalg.inv(S_p)
+    A = np.linalg.inv(S_q) - inverse
+    return 0.5 * (np.trace(A @ S_q @ A) + np.sum((inverse @ (mean_p - mean_q)) ** 2))
 
 
-# q4: formula of the published code
-def score(features, labels):
-    parts = [features[labels == c] for c in range(3)]
-    return max(np.sum(a.var(0) * (1 / a.var(0) - 1 / b.var(0)) ** 2 + (a.mean(0) / a.var(0) - b.mean(0) / b.var(0)) ** 2)
-               for a in parts for b in parts)
+# q4: the features vary together
+def divergence(mean_p, S_p, mean_q, S_q):
+    v, u = np.diag(S_p), np.diag(S_q)
+    return 0.5 * np.sum(v * (1 / v - 1 / u) ** 2 + ((mean_p - mean_q) / u) ** 2)
 
 
-# q4: mean over the pairs
-def score(features, labels):
-    parts = [features[labels == c] for c in range(3)]
-    return sum(0.5 * np.sum(a.var(0) * (1 / a.var(0) - 1 / b.var(0)) ** 2 + ((a.mean(0) - b.mean(0)) / b.var(0)) ** 2)
-               for a in parts for b in parts) / 6
+# q4: by the inverse of S_q, twice
+def divergence(mean_p, S_p, mean_q, S_q):
+    inverse, d = np.linalg.inv(S_q), mean_p - mean_q
+    A = np.linalg.inv(S_p) - inverse
+    return 0.5 * (np.trace(A @ S_p @ A) + d @ inverse @ d)
+
+
+# q4: S_p is missing
+def divergence(mean_p, S_p, mean_q, S_q):
+    inverse = np.linalg.inv(S_q)
+    A = np.linalg.inv(S_p) - inverse
+    return 0.5 * (np.trace(A @ A) + np.sum((inverse @ (mean_p - mean_q)) ** 2))
 
 
 # q5: the weights are ignored
