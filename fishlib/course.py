@@ -41,6 +41,59 @@ def two_layers(seed: int) -> tuple[NDArray, NDArray, NDArray]:
     return rng.normal(size=(60, 5)), rng.normal(size=(6, 5)), 0.8 * rng.normal(size=(4, 6))
 
 
+def weights(seed: int) -> tuple[NDArray, NDArray]:
+    """60 weights with heavy tails, and the diagonal of their Fisher information."""
+    rng = draw(seed, "weights")
+    return rng.laplace(size=60), rng.lognormal(0, 1.5, size=60)
+
+
+def block(seed: int) -> tuple[NDArray, NDArray]:
+    """8 weights and their whole Fisher information (8, 8), which is far from diagonal."""
+    rng = draw(seed, "block")
+    root = rng.normal(size=(12, 8)) + 1.5 * rng.normal(size=(12, 1))
+    return rng.normal(size=8), root.T @ root / 12
+
+
+def layers(seed: int) -> tuple[NDArray, NDArray, NDArray]:
+    """Sizes, ranges and Fisher traces of the 12 layers of a network."""
+    rng = draw(seed, "layers")
+    sizes = 100 * np.ceil(10 ** rng.uniform(0.3, 1.8, 12)).astype(int)
+    return sizes, rng.uniform(0.5, 3, 12), sizes * rng.lognormal(-3, 2, 12)
+
+
+def feature_maps(seed: int) -> tuple[NDArray, NDArray, NDArray]:
+    """Activations a (300, 8) of channels that share four causes, weight W (5, 8) and bias b (5,) of the next layer W a + b."""
+    rng = draw(seed, "feature maps")
+    causes = rng.normal(size=(300, 4))
+    mix = np.vstack([2.5 * np.eye(2, 4)[[0, 0, 1, 1]], np.eye(4)[2:], rng.normal(size=(2, 4))])  # loud copies, quiet witnesses
+    a = np.maximum(causes @ mix.T + 0.15 * rng.normal(size=(300, 8)) + 1, 0)
+    return a, rng.normal(size=(5, 8)), rng.normal(size=5)
+
+
+def linear_units(seed: int) -> tuple[NDArray, NDArray]:
+    """A state x (6,) and the matrices M (5, 6, 6) of residual units U + M U."""
+    rng = draw(seed, "linear units")
+    return rng.normal(size=6), 0.4 * rng.normal(size=(5, 6, 6))
+
+
+def class_features(seed: int) -> tuple[NDArray, NDArray]:
+    """Features (150, 4), which vary together, and their labels (150,) from 0 to 2; each class has a mean and covariance."""
+    rng = draw(seed, "class features")
+    labels = rng.permutation(np.repeat(np.arange(3), 50))
+    mix = np.eye(4) + 0.5 * rng.normal(size=(3, 4, 4))
+    return rng.normal(size=(3, 4))[labels] + np.einsum("nij,nj->ni", mix[labels], rng.normal(size=(150, 4))), labels
+
+
+def unit_outputs(seed: int) -> tuple[NDArray, NDArray]:
+    """What 10 units say (600, 10), one number each, of labels (600,) from 0 to 2; some say the same, in any order."""
+    rng = draw(seed, "unit outputs")
+    labels = rng.permutation(np.repeat(np.arange(3), 200))
+    loud = 3.0 * (labels == 0) + 0.8 * rng.normal(size=600)
+    told = [loud + 0.3 * rng.normal(size=600) for _ in range(4)]
+    told += [1.6 * (labels == c) + 0.8 * rng.normal(size=600) for c in (1, 2, 1)] + [rng.normal(size=600) for _ in range(3)]
+    return np.stack(told, 1)[:, rng.permutation(10)], labels
+
+
 def softmax(logits: NDArray) -> NDArray:
     """Probabilities from logits, over the last axis."""
     shifted = np.exp(logits - logits.max(-1, keepdims=True))
@@ -102,6 +155,13 @@ def choice(what: str, value: Any, shape: tuple[int, ...], count: int) -> NDArray
     assert fits, f"{what} has to be a boolean array of shape {shape}, it is one of {found.dtype} and shape {found.shape}"
     assert found.sum() == count, f"{what} has to hold exactly {count} times True, it holds {found.sum()}"
     return found
+
+
+def pair(name: str, value: Any) -> tuple[Any, Any]:
+    """The two things that a student's function gives back."""
+    fits = isinstance(value, (tuple, list)) and len(value) == 2
+    assert fits, f"`{name}` has to give two things, as in `return first, second`; it gives {_article(value)}"
+    return value[0], value[1]
 
 
 def compare(what: str, value: Any, expected: ArrayLike, slips: Mapping[str, ArrayLike] | None = None,

@@ -7,6 +7,7 @@ once from torchvision, which writes that file.
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import os
 import tarfile
@@ -421,6 +422,14 @@ class ImageData(L.LightningDataModule):
     def size(self, split: str) -> int:
         """Number of images of a split."""
         return len(self._of(split)[1])
+
+    def first(self, count: int) -> ImageData:
+        """The same data with only the first `count` training images, which are in random order; the other splits stay."""
+        if not 1 <= count <= self.size("train"):
+            raise ValueError(f"first({count}): {self.name} has 1 to {self.size('train')} training images here")
+        fewer = copy.copy(self)
+        fewer._tensors = self._tensors | {"train": tuple(part[:count] for part in self._tensors["train"])}
+        return fewer
 
     def split(self, split: str) -> tuple[Tensor, Tensor]:
         """A whole split: standardised float32 images (N, C, H, W) and int64 labels (N,)."""

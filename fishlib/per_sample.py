@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -30,6 +30,7 @@ CHUNK = 1 << 20  # elements of per-sample gradients held at a time: what a cache
 # what was kept of their K columns of output gradients, g (n, K, *kept shape).
 
 class Rule:
+    names: dict[str, str]  # role -> name of the parameter, of those that are wanted
     input: Tensor
     weight: Tensor | None
     bias: Tensor | None
@@ -40,6 +41,10 @@ class Rule:
 
     def tensors(self) -> dict[str, Tensor]:
         return {role: t for role in ("weight", "bias") if (t := getattr(self, role)) is not None}
+
+    def merges(self) -> bool:
+        """Whether `merged` gives the reductions from the sum over columns of squared output gradients alone."""
+        return False
 
     def fits(self, samples: int) -> bool:
         """Whether the first dimension of the input counts samples, as far as shapes can tell."""
@@ -76,23 +81,21 @@ class Linear(Rule):
             return g.sum(2)
         return torch.einsum("nkto,nti->nkoi", g, self.input[rows].reshape(len(g), -1, self.input.shape[-1]))
 
-    def squares(self, role: str, g: Tensor) -> Tensor:
-        if g.ndim > 3:
-            return super().squares(role, g)
-        outer = g.square().sum(1) if g.shape[1] > 1 else g[:, 0].square()
+    def merges(self) -> bool:
+        return self.input.ndim == 2
+
+    def merged(self, role: str, g2: Tensor, reduction: str) -> Tensor:
+        """(g^2)^T a^2, or |g|^2 |a|^2 of every sample; with a = 1 for the bias."""
+        if reduction == "norms":
+            norms = g2.sum(1)
+            return norms if role == "bias" else norms * self.input.square().sum(1)
         if role == "bias":
-            return outer.sum(0)
+            return g2.sum(0)
         found = torch.empty_like(self.weight)
         # The squared inputs of some columns at a time, since those of all could take more memory than the result.
-        for part in slices(found.shape[1], max(64, CHUNK // (32 * len(g)))):
-            torch.mm(outer.T, self.input[:, part].square(), out=found[:, part])
+        for part in slices(found.shape[1], max(64, CHUNK // (32 * len(g2)))):
+            torch.mm(g2.T, self.input[:, part].square(), out=found[:, part])
         return found
-
-    def norms(self, role: str, g: Tensor) -> Tensor:
-        if g.ndim > 3:
-            return super().norms(role, g)
-        outer = g.square().sum((1, 2))
-        return outer if role == "bias" else outer * self.input.square().sum(1)
 
 
 class Convolution(Rule):
@@ -286,10 +289,10 @@ class Checks(TorchFunctionMode):
 
     def __init__(self, net: nn.Module):
         super().__init__()
-        self.names = {id(p): name for name, p in net.named_parameters()}
+        self.net = net
         for name, module in net.named_modules():
             # Before the forward pass: a BatchNorm counts its batches ahead of any function that could be refused.
-            if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.training:
+            if module.training and isinstance(module, nn.modules.batchnorm._BatchNorm):
                 raise ValueError(BATCHNORM.format(name or "the network"))
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
@@ -299,8 +302,8 @@ class Checks(TorchFunctionMode):
     def refuse(self, func: Callable, args: tuple, kwargs: dict) -> None:
         if func is F.batch_norm and (args[5] if len(args) > 5 else kwargs.get("training", False)):
             weight = args[3] if len(args) > 3 else kwargs.get("weight")
-            layer = self.names.get(id(weight), "").rpartition(".")[0] or "without a name"
-            raise ValueError(BATCHNORM.format(layer))
+            names = [name for name, p in self.net.named_parameters() if p is weight]
+            raise ValueError(BATCHNORM.format("".join(names).rpartition(".")[0] or "without a name"))
         if func in DROPOUTS:
             rate = args[1] if len(args) > 1 else kwargs.get("p", 0.5)
             if rate and (args[2] if len(args) > 2 else kwargs.get("training", True)):
@@ -312,12 +315,11 @@ class _Root(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, anchor: Tensor, compute: Callable[[], Tensor]) -> Tensor:
-        ctx.device = anchor.device
         return compute()
 
     @staticmethod
     def backward(ctx, g: Tensor):
-        return torch.zeros((), device=ctx.device), None
+        return None, None
 
 
 class Recorder(Checks):
@@ -338,14 +340,15 @@ class Recorder(Checks):
     def __torch_function__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
         self.refuse(func, args, kwargs)
-        touched = [] if func in HARMLESS else [self.wanted[i] for i in map(id, _leaves((args, kwargs))) if i in self.wanted]
-        if not touched:
+        leaves = _leaves((args, kwargs))
+        touched = [self.wanted[id(leaf)] for leaf in leaves if id(leaf) in self.wanted]
+        if not touched or func in HARMLESS:
             return func(*args, **kwargs)
         use = self._use(func, args, kwargs, len(touched))
         if use is None:
             self.foreign.update(touched)
             return func(*args, **kwargs)
-        if any(isinstance(t, Tensor) and t.requires_grad for t in _leaves((args, kwargs))):
+        if any(isinstance(leaf, Tensor) and leaf.requires_grad for leaf in leaves):
             output = use.forward(lambda: func(*args, **kwargs))
         else:
             output = _Root.apply(self.anchor, lambda: use.forward(lambda: func(*args, **kwargs)))
@@ -360,12 +363,12 @@ class Recorder(Checks):
         if func not in RULES or not torch.is_grad_enabled():
             return None
         use = RULES[func](*args, **kwargs)
-        known = sum(id(t) in self.wanted for t in use.tensors().values())
-        return use if known == touched and use.fits(self.samples) else None
+        use.names = {role: self.wanted[id(t)] for role, t in use.tensors().items() if id(t) in self.wanted}
+        return use if len(use.names) == touched and use.fits(self.samples) else None
 
     def unruled(self) -> list[str]:
         """Names of the parameters to differentiate sample by sample: used in other ways, or never seen."""
-        seen = {self.wanted[id(t)] for use in self.uses for t in use.tensors().values() if id(t) in self.wanted}
+        seen = {name for use in self.uses for name in use.names.values()}
         return [name for name in self.wanted.values() if name in self.foreign or name not in seen]
 
     def ambiguous(self) -> bool:
@@ -375,12 +378,14 @@ class Recorder(Checks):
                    if isinstance(use, layers))
 
 
-def _leaves(values) -> Iterator:
+def _leaves(values) -> list:
+    leaves = []
     for value in values.values() if isinstance(values, dict) else values:
         if isinstance(value, (tuple, list, dict)):
-            yield from _leaves(value)
+            leaves += _leaves(value)
         else:
-            yield value
+            leaves.append(value)
+    return leaves
 
 
 @contextmanager
@@ -415,62 +420,60 @@ def logits(outputs, samples: int) -> Tensor:
 
 
 def propagate(outputs: Tensor, columns: Tensor, recorder: Recorder, consume: Callable[[Rule, Tensor], None],
-              merged: Iterable[Rule] = ()) -> None:
+              merging: Collection[Rule] = ()) -> None:
     """One backward pass for each of the K columns (N, K, C) of output gradients.
 
     Calls ``consume(use, g)``, g (N, K, *kept shape), for every use as soon as its last gradient is there; uses that the
-    outputs do not depend on are left out. `merged` uses need the sum over columns of squares only: they get its root, as a
-    single column.
+    outputs do not depend on are left out. `merging` uses get g^2 summed over columns (N, *kept shape) instead.
     """
-    waiting: dict[int, list[Tensor]] = defaultdict(list)
-    arrivals: Counter[int] = Counter()
+    waiting: dict[Rule, list[Tensor]] = defaultdict(list)
+    arrivals: Counter[Rule] = Counter()
     count = columns.shape[1]
-    merging = {id(use) for use in merged} if count > 1 else set()
 
     def arrived(use: Rule, g: Tensor) -> None:
-        kept = waiting[id(use)]
-        g = use.compress(_as_parameter(use, g))
-        arrivals[id(use)] += 1
-        if id(use) not in merging:
+        g, kept = use.compress(_as_parameter(use, g)), waiting[use]
+        if use not in merging:
             kept.append(g)
         elif kept:
             kept[0].addcmul_(g, g)
         else:
             kept.append(g.square())
-        if arrivals[id(use)] == count:
-            g = torch.stack(kept, 1) if len(kept) > 1 else kept[0].unsqueeze(1)
+        arrivals[use] += 1
+        if arrivals[use] == count:
+            g = kept[0] if use in merging else torch.stack(kept, 1) if count > 1 else g.unsqueeze(1)
             kept.clear()
-            consume(use, g.sqrt_() if id(use) in merging else g)
+            consume(use, g)
 
     recorder.arrived = arrived
     if outputs.requires_grad:
         for k in range(count):
-            column = columns[:, k].to(outputs.dtype)
-            torch.autograd.grad(outputs, recorder.anchor, column, retain_graph=k < count - 1)
+            torch.autograd.grad(outputs, recorder.anchor, columns[:, k].to(outputs.dtype), retain_graph=k < count - 1,
+                                allow_unused=True)
 
 
 def reduced(outputs: Tensor, columns: Tensor, recorder: Recorder, reduction: str) -> dict[str, Tensor]:
     """The ``"squares"`` or ``"norms"`` of every parameter with rules (see `Rule`), by name."""
     unruled = recorder.unruled()
-    names = {i: name for i, name in recorder.wanted.items() if name not in unruled}
-    uses_of = Counter(id(t) for use in recorder.uses for t in use.tensors().values())
-    alone = {id(use) for use in recorder.uses if all(uses_of[id(t)] == 1 for t in use.tensors().values())}
+    uses_of = Counter(name for use in recorder.uses for name in use.names.values())
+    alone = {use for use in recorder.uses if all(uses_of[name] == 1 for name in use.names.values())}
+    merging = {use for use in alone if use.merges()}
     found: dict[str, Tensor] = {}
     shared: dict[str, list[tuple[Rule, str, Tensor]]] = defaultdict(list)
 
     def consume(use: Rule, g: Tensor) -> None:
-        for role, t in use.tensors().items():
-            if id(t) not in names:
+        for role, name in use.names.items():
+            if name in unruled:
                 continue
-            if uses_of[id(t)] > 1:
-                shared[names[id(t)]].append((use, role, g))
+            if uses_of[name] > 1:
+                shared[name].append((use, role, g))
+            elif use in merging:
+                found[name] = use.merged(role, g, reduction)
             else:
-                found[names[id(t)]] = getattr(use, reduction)(role, g)
-        if id(use) in alone:
+                found[name] = getattr(use, reduction)(role, g)
+        if use in alone:
             use.input = None  # free memory while the backward pass goes on
 
-    merged = [use for use in recorder.uses if isinstance(use, Linear) and use.input.ndim == 2 and id(use) in alone]
-    propagate(outputs, columns, recorder, consume, merged)
+    propagate(outputs, columns, recorder, consume, merging)
     with torch.no_grad():
         return found | {name: _summed(parts, reduction) for name, parts in shared.items()}
 

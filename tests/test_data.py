@@ -229,6 +229,17 @@ def test_limit_takes_a_stratified_subset_and_leaves_the_test_split():
         ImageData(limit=5)
 
 
+def test_the_first_training_images_keep_validation_and_test_split_and_standardisation(digits):
+    fewer = digits.first(100)
+    assert fewer.size("train") == 100 < digits.size("train")
+    for split in ("validation", "test"):
+        assert torch.equal(fewer.split(split)[0], digits.split(split)[0])
+    assert torch.equal(fewer.split("train")[0], digits.split("train")[0][:100])
+    for count in (0, digits.size("train") + 1):
+        with pytest.raises(ValueError, match="training images"):
+            digits.first(count)
+
+
 def test_standardisation_uses_the_training_pixels_alone(digits):
     pixels = digits._tensors["train"][0].double() / 255
     assert torch.allclose(digits.mean.double(), pixels.mean().view(1), atol=1e-6)
