@@ -17,7 +17,6 @@ pytest.importorskip("playwright.sync_api", reason="no Playwright: pip install 'f
 ROOT = Path(__file__).resolve().parents[2]
 SITE = ROOT / "_build" / "html"
 BOOK = sorted(page.relative_to(SITE).as_posix() for page in (SITE / "chapters").rglob("*.html"))
-NOTEBOOKS = [page for page in BOOK if (ROOT / page).with_suffix(".ipynb").is_file()]
 CHAPTER = "chapters/05_channel_divergence.html"
 SIX = ["chapters/index.html", "chapters/notation.html", "chapters/00_why_compact.html", CHAPTER,
        "chapters/howto_cluster.html", "chapters/api.html"]
@@ -79,7 +78,8 @@ def reader(chromium, address):
 
 
 @pytest.mark.parametrize("page", BOOK)
-def test_page_opens_without_a_network_without_complaint_and_with_its_formulas(page, reader):
+def test_page_opens_without_complaint_or_network_fits_a_phone_and_can_be_read_in_the_dark(page, reader):
+    """One test a page, for opening it costs more than all that is asked of it."""
     window = reader()
     shown = window.open(page)
     assert window.outside == []
@@ -87,10 +87,14 @@ def test_page_opens_without_a_network_without_complaint_and_with_its_formulas(pa
     assert shown.locator("mjx-merror").count() == 0
     assert shown.locator("article .math").count() == shown.locator("article .math:has(mjx-container)").count()
 
+    shown.emulate_media(color_scheme="dark")
+    assert shown.evaluate("document.documentElement.dataset.theme") == "dark"
+    for figure in shown.locator("article img:visible").all():
+        name = figure.get_attribute("alt")
+        assert figure.evaluate("image => image.complete && image.naturalWidth > 0"), name
+        assert contrast(figure.screenshot()) > 4.5, name
 
-@pytest.mark.parametrize("page", BOOK)
-def test_page_fits_a_phone_without_moving_sideways(page, reader):
-    shown = reader(viewport=NARROW).open(page)
+    shown.set_viewport_size(NARROW)
     assert shown.evaluate("document.documentElement.scrollWidth") <= NARROW["width"]
     shown.evaluate("window.scrollTo(200, 0)")
     assert shown.evaluate("window.scrollX") == 0
@@ -179,20 +183,14 @@ def test_contrast_is_measured_as_the_guidelines_do():
     assert contrast(picture.getvalue()) == pytest.approx(4.54, abs=0.02)
 
 
-@pytest.mark.parametrize("page", [page for page in BOOK if page in NOTEBOOKS or page.endswith("index.html")])
-def test_figures_can_be_read_in_the_dark(page, reader):
-    shown = reader(theme="dark").open(page)
-    for figure in shown.locator("article img:visible").all():
-        name = figure.get_attribute("alt")
-        assert figure.evaluate("image => image.complete && image.naturalWidth > 0"), name
-        assert contrast(figure.screenshot()) > 4.5, name
-
-
-@pytest.mark.parametrize("theme", ["light", "dark"])
 @pytest.mark.parametrize("page", SIX)
-def test_page_has_no_serious_or_critical_finding_of_axe(page, theme, reader):
+def test_page_has_no_serious_or_critical_finding_of_axe(page, reader):
     axe = pytest.importorskip("axe_playwright_python.sync_playwright", reason="no axe: pip install 'fishlib[browser]'")
-    findings = axe.Axe().run(reader(theme).open(page)).response["violations"]
-    serious = [f"{finding['id']}: {node['target']} {node.get('failureSummary', '')}" for finding in findings
-               if finding["impact"] in ("serious", "critical") for node in finding["nodes"]]
-    assert serious == []
+    shown = reader().open(page)
+    for theme in ("light", "dark"):
+        shown.emulate_media(color_scheme=theme)
+        assert shown.evaluate("document.documentElement.dataset.theme") == theme
+        findings = axe.Axe().run(shown).response["violations"]
+        serious = [f"{finding['id']}: {node['target']} {node.get('failureSummary', '')}" for finding in findings
+                   if finding["impact"] in ("serious", "critical") for node in finding["nodes"]]
+        assert serious == [], theme
