@@ -6,7 +6,7 @@ CHAPTERS := $(sort $(wildcard chapters/[0-9]*.ipynb))
 # Byte-compiled libraries import three times as fast in every kernel.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: book test lint refresh clean
+.PHONY: book pdf test lint refresh clean
 .DELETE_ON_ERROR:
 
 book: .venv/installed
@@ -15,6 +15,11 @@ book: .venv/installed
 	@echo "== Rendering the site"
 	$(BIN)/fishlib render
 	@echo "== The book: $(CURDIR)/_build/html/index.html"
+
+pdf: .venv/installed
+	test -f _build/html/searchindex.js || $(MAKE) book
+	@echo "== Printing the site by Chromium"
+	$(BIN)/fishlib pdf
 
 test: .venv/installed
 	@echo "== Code style"
