@@ -8,7 +8,7 @@ SEED ?= 0
 # Byte-compiled libraries import three times as fast in every kernel.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: book test assignments lint refresh clean
+.PHONY: book pdf test assignments lint refresh clean
 .DELETE_ON_ERROR:
 
 book: .venv/installed
@@ -17,6 +17,11 @@ book: .venv/installed
 	@echo "== Rendering the site"
 	$(BIN)/fishlib render
 	@echo "== The book: $(CURDIR)/_build/html/index.html"
+
+pdf: .venv/installed
+	test -f _build/html/searchindex.js || $(MAKE) book
+	@echo "== Printing the site by Chromium"
+	$(BIN)/fishlib pdf
 
 test: .venv/installed
 	@echo "== Code style"

@@ -20,6 +20,8 @@ NAMES = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable"
 FLAGS = ("--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking",
          "--disable-component-update", "--disable-sync", "--disable-dev-shm-usage")
 
+ALONE = "--host-resolver-rules=MAP * ~NOTFOUND, EXCLUDE 127.0.0.1"
+
 
 def find() -> str | None:
     """The path of a Chromium that is installed, or None."""
@@ -27,8 +29,12 @@ def find() -> str | None:
 
 
 @contextmanager
-def browser() -> Iterator[Browser]:
+def browser(offline: bool = False) -> Iterator[Browser]:
     """A Chromium of its own, with an empty profile, that ends with the block.
+
+    Parameters
+    ----------
+    offline : reach nothing but this machine
 
     Raises
     ------
@@ -43,7 +49,8 @@ def browser() -> Iterator[Browser]:
     except ImportError as error:
         raise ValueError("Playwright is not installed: pip install 'fishlib[browser]'") from error
     with sync_playwright() as playwright, tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as profile:
-        chromium = playwright.chromium.launch(executable_path=path, args=list(FLAGS), env={"HOME": profile})
+        flags = [*FLAGS, ALONE] if offline else list(FLAGS)
+        chromium = playwright.chromium.launch(executable_path=path, args=flags, env={"HOME": profile})
         try:
             yield chromium
         finally:

@@ -375,6 +375,21 @@ def render(executed: Path | None, out: Path | None) -> None:
     click.echo(site / "index.html")
 
 
+@main.command()
+@click.option("--out", type=click.Path(path_type=Path, dir_okay=False), help="The file. Default: _build/book.pdf.")
+def pdf(out: Path | None) -> None:
+    """Print the rendered site to one PDF, by Chromium; ends with its path."""
+    from fishlib.rerun import pdf as printing
+
+    display = Display()
+    try:
+        file = printing.print_book(out=out, show=lambda page: display.status(f"printing {page}"))
+    except ValueError as error:
+        raise click.ClickException(str(error)) from error
+    display.status("")
+    click.echo(file)
+
+
 def _stale(executed: Path) -> list[str]:
     """Chapters whose run is not what they would give now."""
     stale = []

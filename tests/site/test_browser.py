@@ -17,7 +17,6 @@ pytest.importorskip("playwright.sync_api", reason="no Playwright: pip install 'f
 ROOT = Path(__file__).resolve().parents[2]
 SITE = ROOT / "_build" / "html"
 BOOK = sorted(page.relative_to(SITE).as_posix() for page in (SITE / "chapters").rglob("*.html"))
-NOTEBOOKS = [page for page in BOOK if (ROOT / page).with_suffix(".ipynb").is_file()]
 CHAPTER = "chapters/05_channel_divergence.html"
 SIX = ["chapters/index.html", "chapters/notation.html", "chapters/00_why_compact.html", CHAPTER,
        "chapters/howto_cluster.html", "chapters/api.html"]
@@ -30,7 +29,7 @@ pytestmark = [
 
 @pytest.fixture(scope="module")
 def chromium():
-    with browser.browser() as program:
+    with browser.browser(offline=True) as program:
         yield program
 
 
@@ -40,65 +39,71 @@ def address():
         yield here
 
 
-class Reader:
-    """A window of its own; what it complains of and what it asks of other machines is written down, not sent."""
+@pytest.fixture(scope="module")
+def profile(chromium):
+    """What windows share that do not matter to one another: scripts, once loaded, stay in memory."""
+    return chromium.new_context(color_scheme="light", viewport=WIDE, reduced_motion="reduce")
 
-    def __init__(self, chromium, address, **options):
+
+class Reader:
+    """A window; what it complains of and what it asks of other machines is written down."""
+
+    def __init__(self, context, address):
         self.address, self.complaints, self.outside = address, [], []
-        self.context = chromium.new_context(**options)
-        self.context.route("**/*", self._route)
-        self.page = self.context.new_page()
+        self.page = context.new_page()
         self.page.on("pageerror", lambda error: self.complaints.append(str(error)))
         self.page.on("console", lambda line: line.type == "error" and self.complaints.append(line.text))
-
-    def _route(self, route):
-        if route.request.url.startswith((self.address, "data:", "blob:")):
-            route.continue_()
-        else:
-            self.outside.append(route.request.url)
-            route.abort()
+        self.page.on("request", lambda request: request.url.startswith((address, "data:", "blob:"))
+                     or self.outside.append(request.url))
 
     def open(self, page):
         self.page.goto(self.address + page, wait_until="load")
         self.page.wait_for_function("!window.MathJax || !MathJax.startup || MathJax.startup.promise.then(() => true)")
         return self.page
 
+    def colour(self, theme):
+        """What the button of the theme does, which has a test of its own."""
+        self.page.evaluate("theme => document.documentElement.dataset.theme = theme", theme)
+
 
 @pytest.fixture
-def reader(chromium, address):
-    """Opens windows: `reader(theme="dark", viewport=NARROW)`."""
-    opened = []
+def reader(profile, address):
+    window = Reader(profile, address)
+    yield window
+    window.page.close()
 
-    def start(theme="light", viewport=WIDE):
-        opened.append(Reader(chromium, address, color_scheme=theme, viewport=viewport, reduced_motion="reduce"))
-        return opened[-1]
 
-    yield start
-    for window in opened:
-        window.context.close()
+@pytest.fixture
+def dark_reader(chromium, address):
+    """A window on a machine that asks for dark colours, with settings of its own."""
+    context = chromium.new_context(color_scheme="dark", viewport=WIDE)
+    yield Reader(context, address)
+    context.close()
 
 
 @pytest.mark.parametrize("page", BOOK)
-def test_page_opens_without_a_network_without_complaint_and_with_its_formulas(page, reader):
-    window = reader()
-    shown = window.open(page)
-    assert window.outside == []
-    assert window.complaints == []
+def test_page_opens_without_complaint_or_network_fits_a_phone_and_can_be_read_in_the_dark(page, reader):
+    """One test a page, for opening it costs more than all that is asked of it."""
+    shown = reader.open(page)
+    assert reader.outside == []
+    assert reader.complaints == []
     assert shown.locator("mjx-merror").count() == 0
     assert shown.locator("article .math").count() == shown.locator("article .math:has(mjx-container)").count()
 
+    reader.colour("dark")
+    for figure in shown.locator("article img:visible").all():
+        name = figure.get_attribute("alt")
+        assert figure.evaluate("image => image.complete && image.naturalWidth > 0"), name
+        assert contrast(figure.screenshot()) > 4.5, name
 
-@pytest.mark.parametrize("page", BOOK)
-def test_page_fits_a_phone_without_moving_sideways(page, reader):
-    shown = reader(viewport=NARROW).open(page)
+    shown.set_viewport_size(NARROW)
     assert shown.evaluate("document.documentElement.scrollWidth") <= NARROW["width"]
     shown.evaluate("window.scrollTo(200, 0)")
     assert shown.evaluate("window.scrollX") == 0
 
 
 def test_search_finds_a_term_and_leads_to_its_page(reader):
-    window = reader()
-    shown = window.open("chapters/index.html")
+    shown = reader.open("chapters/index.html")
     shown.keyboard.press("Control+k")
     shown.keyboard.type("Hyvärinen")
     shown.keyboard.press("Enter")
@@ -107,29 +112,26 @@ def test_search_finds_a_term_and_leads_to_its_page(reader):
     assert "Notation" in found.all_inner_texts()
     found.filter(has_text="Notation").first.click()
     shown.wait_for_url("**/notation.html*")
-    assert window.complaints == []
+    assert reader.complaints == []
 
 
-def test_theme_changes_colours_and_is_kept_on_the_next_page(reader):
-    window = reader()
-    shown = window.open("chapters/index.html")
+def test_theme_changes_colours_and_is_kept_on_the_next_page(dark_reader):
+    """It starts dark, as the machine asks, until another one is chosen."""
+    shown = dark_reader.open("chapters/index.html")
     colour = "getComputedStyle(document.body).backgroundColor"
-    light = shown.evaluate(colour)
-    for _ in range(3):
-        if shown.evaluate("document.documentElement.dataset.theme") != "dark":
-            shown.locator("button.theme-switch-button:visible").first.click()
-    assert shown.evaluate("document.documentElement.dataset.theme") == "dark"
+    theme = "document.documentElement.dataset.theme"
     dark = shown.evaluate(colour)
-    assert dark != light
-    assert window.open("chapters/notation.html").evaluate(colour) == dark
-
-
-def test_theme_follows_the_machine_until_one_is_chosen(reader):
-    assert reader(theme="dark").open("chapters/index.html").evaluate("document.documentElement.dataset.theme") == "dark"
+    assert shown.evaluate(theme) == "dark"
+    for _ in range(3):
+        if shown.evaluate(theme) != "light":
+            shown.locator("button.theme-switch-button:visible").first.click()
+    light = shown.evaluate(colour)
+    assert light != dark
+    assert dark_reader.open("chapters/notation.html").evaluate(colour) == light
 
 
 def test_keyboard_skips_to_the_chapter_and_goes_through_it_to_its_end(reader):
-    shown = reader().open(CHAPTER)
+    shown = reader.open(CHAPTER)
     shown.keyboard.press("Tab")
     assert "Skip" in shown.evaluate("document.activeElement.innerText")
     shown.keyboard.press("Enter")
@@ -153,7 +155,7 @@ def test_keyboard_skips_to_the_chapter_and_goes_through_it_to_its_end(reader):
 
 
 def test_keyboard_opens_a_folded_solution(reader):
-    shown = reader().open(CHAPTER)
+    shown = reader.open(CHAPTER)
     folded = shown.locator("article details:not([open]) > summary").first.element_handle()
     folded.focus()
     shown.keyboard.press("Enter")
@@ -179,20 +181,13 @@ def test_contrast_is_measured_as_the_guidelines_do():
     assert contrast(picture.getvalue()) == pytest.approx(4.54, abs=0.02)
 
 
-@pytest.mark.parametrize("page", [page for page in BOOK if page in NOTEBOOKS or page.endswith("index.html")])
-def test_figures_can_be_read_in_the_dark(page, reader):
-    shown = reader(theme="dark").open(page)
-    for figure in shown.locator("article img:visible").all():
-        name = figure.get_attribute("alt")
-        assert figure.evaluate("image => image.complete && image.naturalWidth > 0"), name
-        assert contrast(figure.screenshot()) > 4.5, name
-
-
-@pytest.mark.parametrize("theme", ["light", "dark"])
 @pytest.mark.parametrize("page", SIX)
-def test_page_has_no_serious_or_critical_finding_of_axe(page, theme, reader):
+def test_page_has_no_serious_or_critical_finding_of_axe(page, reader):
     axe = pytest.importorskip("axe_playwright_python.sync_playwright", reason="no axe: pip install 'fishlib[browser]'")
-    findings = axe.Axe().run(reader(theme).open(page)).response["violations"]
-    serious = [f"{finding['id']}: {node['target']} {node.get('failureSummary', '')}" for finding in findings
-               if finding["impact"] in ("serious", "critical") for node in finding["nodes"]]
-    assert serious == []
+    shown = reader.open(page)
+    for theme in ("light", "dark"):
+        reader.colour(theme)
+        findings = axe.Axe().run(shown).response["violations"]
+        serious = [f"{finding['id']}: {node['target']} {node.get('failureSummary', '')}" for finding in findings
+                   if finding["impact"] in ("serious", "critical") for node in finding["nodes"]]
+        assert serious == [], theme
