@@ -40,7 +40,7 @@ def same(first, second):
 
 
 def test_training_learns_and_the_history_is_tidy(small, net):
-    trained, history = fit(net, small, epochs=6, lr=1e-2)
+    trained, history = fit(net, small, epochs=6, lr=1e-2, precision="float32")
     assert history["epoch"].tolist() == [1, 2, 3, 4, 5, 6]
     assert history["train_loss"].iloc[-1] < history["train_loss"].iloc[0]
     assert history["validation_accuracy"].iloc[-1] == pytest.approx(evaluate(trained, small).accuracy)
