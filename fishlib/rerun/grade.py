@@ -16,6 +16,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 import zipfile
 from collections.abc import Sequence
@@ -170,7 +171,7 @@ def _run(desk: Path, job: dict[str, Any], seconds: float) -> str:
     started = time.monotonic()
     with tempfile.TemporaryFile("w+") as log:
         process = subprocess.Popen([sys.executable, "-m", "fishlib.rerun.grade", json.dumps(job)], cwd=desk, stdout=log,
-                                   stdin=subprocess.DEVNULL, stderr=log, env=_environment(desk), start_new_session=True)
+                                   stdin=subprocess.PIPE, stderr=log, env=_environment(desk), start_new_session=True)
         try:
             process.wait(seconds)
         except subprocess.TimeoutExpired:
@@ -195,6 +196,7 @@ def _end(process: subprocess.Popen) -> None:
         _end_below(psutil.Process(process.pid))
     process.kill()
     process.wait()
+    process.stdin.close()
 
 
 def _end_below(process: Any) -> None:
@@ -250,14 +252,25 @@ def _main() -> None:
     if not worker:
         _work(json.loads(sys.argv[1]), Path.cwd())
         return
+    threading.Thread(target=_end_with_parent, daemon=True).start()
     _, status = os.waitpid(worker, 0)
     _end_below(psutil.Process())
     sys.exit(int(status != 0))
 
 
+def _end_with_parent() -> None:
+    """Standard input stays open as long as the process that asked for the grade lives."""
+    import psutil
+
+    os.read(0, 1)
+    _end_below(psutil.Process())
+    os._exit(1)
+
+
 def _work(job: dict[str, Any], desk: Path) -> None:
     import resource
 
+    os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
     for limit, most in ((resource.RLIMIT_FSIZE, FILE), (resource.RLIMIT_DATA, MEMORY), (resource.RLIMIT_CORE, 0)):
         resource.setrlimit(limit, (most, most))
     if job["confined"]:
