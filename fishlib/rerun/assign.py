@@ -81,6 +81,7 @@ def _sorted(made: Path, target: Path, name: str, seed: int) -> Path:
     """Otter's output under names that stay the same from one generation to the next."""
     for kind, folder in (("student", "student"), ("autograder", "solutions")):
         notebook = nbformat.read(made / kind / f"{name}.ipynb", as_version=4)
+        notebook.cells.insert(1, notebook.cells.pop(0))  # the title first, then otter's own cell
         for number, cell in enumerate(notebook.cells):
             cell.id = f"cell-{number:02d}"  # otter draws new ones each time
         write(target / folder / f"{name}.ipynb", nbformat.writes(with_seed(notebook, seed)) + "\n")

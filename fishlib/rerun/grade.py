@@ -8,6 +8,7 @@ can: look at what gets full points. For people who are not trusted at all, use a
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
@@ -15,6 +16,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 import zipfile
 from collections.abc import Sequence
@@ -169,7 +171,7 @@ def _run(desk: Path, job: dict[str, Any], seconds: float) -> str:
     started = time.monotonic()
     with tempfile.TemporaryFile("w+") as log:
         process = subprocess.Popen([sys.executable, "-m", "fishlib.rerun.grade", json.dumps(job)], cwd=desk, stdout=log,
-                                   stdin=subprocess.DEVNULL, stderr=log, env=_environment(desk), start_new_session=True)
+                                   stdin=subprocess.PIPE, stderr=log, env=_environment(desk), start_new_session=True)
         try:
             process.wait(seconds)
         except subprocess.TimeoutExpired:
@@ -190,19 +192,25 @@ def _end(process: subprocess.Popen) -> None:
     """End the run with everything that it has started, which stays below it as long as it lives."""
     import psutil
 
-    try:
-        whole = psutil.Process(process.pid)
-        for _ in range(5):
-            children = whole.children(recursive=True)
-            for child in children:
-                child.kill()
-            if not children:
-                break
-            psutil.wait_procs(children, timeout=1)
-    except psutil.Error:
-        pass  # it has ended
+    with contextlib.suppress(psutil.Error):  # it has ended
+        _end_below(psutil.Process(process.pid))
     process.kill()
     process.wait()
+    process.stdin.close()
+
+
+def _end_below(process: Any) -> None:
+    """End all that a process has started; again, as long as something goes on starting more."""
+    import psutil
+
+    for _ in range(20):
+        children = [child for child in process.children(recursive=True) if child.status() != psutil.STATUS_ZOMBIE]
+        if not children:
+            return
+        for child in children:
+            with contextlib.suppress(psutil.Error):
+                child.kill()
+        psutil.wait_procs(children, timeout=0.2)
 
 
 def _result(submission: str, results: dict[str, Any], most: float) -> Grade:
@@ -233,12 +241,36 @@ def table(grades: Sequence[Grade]) -> str:
 # In the process of a submission -----------------------------------------------------------------------------------------------
 
 def _main() -> None:
+    """Start the run in a process below this one, which the run cannot signal, and end whatever it leaves behind."""
     import ctypes
-    import resource
 
-    job, desk = json.loads(sys.argv[1]), Path.cwd()
+    import psutil
+
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(SUBREAPER, 1, 0, 0, 0)
+    worker = os.fork()
+    if not worker:
+        _work(json.loads(sys.argv[1]), Path.cwd())
+        return
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+    _, status = os.waitpid(worker, 0)
+    _end_below(psutil.Process())
+    sys.exit(int(status != 0))
+
+
+def _end_with_parent() -> None:
+    """Standard input stays open as long as the process that asked for the grade lives."""
+    import psutil
+
+    os.read(0, 1)
+    _end_below(psutil.Process())
+    os._exit(1)
+
+
+def _work(job: dict[str, Any], desk: Path) -> None:
+    import resource
+
+    os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
     for limit, most in ((resource.RLIMIT_FSIZE, FILE), (resource.RLIMIT_DATA, MEMORY), (resource.RLIMIT_CORE, 0)):
         resource.setrlimit(limit, (most, most))
     if job["confined"]:
@@ -246,13 +278,7 @@ def _main() -> None:
     _limit_cells(job["cell_seconds"])
     from otter import run
 
-    try:
-        run.main("submission.ipynb", autograder="autograder.zip", output_dir=str(desk), no_logo=True)
-    finally:
-        import psutil
-
-        for child in psutil.Process().children(recursive=True):
-            child.kill()
+    run.main("submission.ipynb", autograder="autograder.zip", output_dir=str(desk), no_logo=True)
 
 
 def _limit_cells(seconds: float) -> None:

@@ -2,7 +2,6 @@
 
 import copy
 import os
-import time
 import zipfile
 from pathlib import Path
 
@@ -105,18 +104,16 @@ def test_given_seed_replaces_the_notebooks_own_and_the_same_archive_grades_its_s
 
 
 def test_endless_cell_is_interrupted_and_the_rest_graded(submit):
-    one = submit("while True:\n    pass", cell_seconds=2)
+    one = submit("while True:\n    pass", cell_seconds=10)
     assert (one.status, one.score) == ("graded", one.possible)
 
 
 def test_endless_cell_that_holds_out_is_refused_within_the_limit(submit):
-    began = time.monotonic()
     deaf = "import signal\nsignal.signal(signal.SIGINT, signal.SIG_IGN)\nwhile True:\n    pass"
     one = submit(deaf, cell_seconds=1, seconds=8)
     assert (one.status, one.score) == ("refused", 0)
     assert "ran past its limit of 8 seconds" in one.message
     assert one.possible > 0
-    assert time.monotonic() - began < 60
 
 
 def test_exits_deleted_cells_and_renamed_answers_cost_their_own_points_only(submit):
@@ -150,9 +147,13 @@ def test_kernel_that_ends_itself_is_refused(submit):
     assert "its kernel ended" in one.message
 
 
+def still_running(mark):
+    return [process.pid for process in psutil.process_iter(["cmdline"]) if mark in " ".join(process.info["cmdline"] or [])]
+
+
 def test_submission_can_neither_write_outside_nor_leave_a_process_nor_see_the_environment(submit, tmp_path, monkeypatch):
     monkeypatch.setenv("FISHLIB_SECRET", "hunter2")
-    target, kept = tmp_path / "evil.txt", tmp_path / "kept.txt"
+    target, kept, mark = tmp_path / "evil.txt", tmp_path / "kept.txt", f"left-{os.getpid()}"
     kept.write_text("kept")
     one = submit(f"""
 import os, pathlib, subprocess, sys, tempfile
@@ -167,14 +168,32 @@ for act in (lambda: target.write_text("x"), lambda: kept.unlink(), lambda: os.tr
         continue
     os._exit(3)
 subprocess.run(["sh", "-c", "echo x > '{target}'"])
-subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)", "left-{os.getpid()}"], start_new_session=True)
+subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)", "{mark}"], start_new_session=True)
+subprocess.run(["sh", "-c", "setsid sh -c 'sleep 600; : {mark}' &"])
 if "FISHLIB_SECRET" in os.environ:
     os._exit(3)
 """)
     assert (one.status, one.score) == ("graded", one.possible)
     assert not target.exists()
     assert kept.read_text() == "kept"
-    assert not [1 for process in psutil.process_iter(["cmdline"]) if f"left-{os.getpid()}" in (process.info["cmdline"] or [])]
+    assert not still_running(mark)
+
+
+def test_run_that_ends_the_process_above_it_is_refused_and_leaves_no_process(submit):
+    mark = f"behind-{os.getpid()}"
+    one = submit(f"""
+import os, signal, subprocess, sys
+subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)", "{mark}"], start_new_session=True)
+otter = os.getppid()
+supervisor = int(open(f"/proc/{{otter}}/stat").read().rsplit(")", 1)[1].split()[1])
+try:
+    os.kill(supervisor, 0)
+except PermissionError:
+    os.kill(otter, signal.SIGKILL)
+""")
+    if version() >= 6:
+        assert (one.status, one.score) == ("refused", 0)
+    assert not still_running(mark)
 
 
 def test_submission_for_another_assignment_or_without_a_notebook_is_refused(built, tmp_path):

@@ -10,7 +10,7 @@ from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_outp
 
 from fishlib.rerun import assets
 from fishlib.rerun.docstrings import escape
-from fishlib.rerun.render import DEFAULTS_PROMPT, RenderError, find, pages, presentable, render, swap
+from fishlib.rerun.render import DEFAULTS_PROMPT, RenderError, find, pages, presentable, render, stage, swap
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -108,6 +108,20 @@ def test_page_of_the_contents_that_does_not_exist_is_named(book):
     (book / "_toc.yml").write_text(yaml.safe_dump(toc))
     with pytest.raises(RenderError, match="lists chapters/absent"):
         pages(book)
+
+
+def test_assignment_is_staged_as_it_is_and_its_master_is_not(book):
+    notebook = new_notebook(cells=[new_markdown_cell("# Task"), new_code_cell("def f():\n    ...")])
+    for folder in (book / "chapters" / "assignments", book / "chapters" / "assignments" / "masters"):
+        folder.mkdir()
+        nbformat.write(notebook, folder / "task.ipynb")
+    toc = yaml.safe_load((book / "_toc.yml").read_text())
+    toc["chapters"].append({"file": "chapters/assignments/task"})
+    (book / "_toc.yml").write_text(yaml.safe_dump(toc))
+    source = stage(book / "_build" / "executed", book / "_build" / "source", book)
+    (page,) = source.rglob("task.ipynb")
+    assert page.parent == source / "chapters" / "assignments"
+    assert nbformat.read(page, as_version=4).cells[1].source == notebook.cells[1].source
 
 
 def test_folder_with_something_else_is_not_replaced(book, tmp_path):
