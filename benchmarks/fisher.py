@@ -1,6 +1,7 @@
 """Time and memory of the Fisher diagonal beside a plain training step and other libraries.
 
-    python benchmarks/fisher.py [--threads 1 2] [--repeats 9] [--nets mlp lenet resnet] [--peers NAMES] [--limit SECONDS] [--output FILE]
+    python benchmarks/fisher.py [--threads 1 2] [--repeats 9] [--nets mlp lenet resnet] [--peers NAMES]
+        [--limit SECONDS] [--output FILE]
 
 Every method of one network takes its turn in every round; a ratio is the median over rounds of a method's time over that of the
 plain forward + backward in the same round. Wall-clock ratios come with those of the process's CPU time, which other
