@@ -50,7 +50,7 @@ class Softmax:
         if outputs.ndim != 2 or outputs.shape[1] < 2:
             raise ValueError(f"the network has to return logits (N, classes) with two classes or more, got "
                              f"{tuple(outputs.shape)}; for other outputs pass another likelihood")
-        if outputs.amin() >= 0 and bool(((outputs.sum(1) - 1).abs() < 1e-5).all()):
+        if float(outputs.amin()) >= 0 and bool(((outputs.sum(1) - 1).abs() < 1e-5).all()):
             raise ValueError("the network returns probabilities: take its final softmax away, logits are needed")
         if labels is None:
             return
@@ -133,7 +133,7 @@ class _Kind:
 
     name: str
     samples: int
-    generator: torch.Generator
+    generator: torch.Generator | None
     likelihood: Softmax
 
     def columns(self, outputs: Tensor, labels: Tensor | None) -> Tensor:
@@ -160,10 +160,14 @@ def _kind(kind: str, samples: int, generator: torch.Generator | None, likelihood
         raise ValueError(f"unknown kind {kind!r}: use one of {', '.join(KINDS)}")
     if samples < 1:
         raise ValueError(f"samples={samples}: draw at least one label an image")
-    if generator is None:
-        generator = torch.Generator()
-        generator.seed()
-    return _Kind(kind, samples, generator, likelihood)
+    return _Kind(kind, samples, fresh_generator() if generator is None and kind == "sampled" else generator, likelihood)
+
+
+def fresh_generator() -> torch.Generator:
+    """Seeded from entropy, so that the global random state is neither used nor changed."""
+    generator = torch.Generator()
+    generator.seed()
+    return generator
 
 
 def _reduce(net: nn.Module, images: Tensor, labels: Tensor | None, wanted: dict[str, Tensor], kind: _Kind,
@@ -186,10 +190,9 @@ def _reduce(net: nn.Module, images: Tensor, labels: Tensor | None, wanted: dict[
     found = reduced(outputs, columns, recorder, reduction)
     del outputs, recorder
     found |= sample_by_sample(net, images, columns, {name: wanted[name] for name in unruled}, reduction)
-    for name, p in wanted.items():
-        if name not in found:
-            found[name] = torch.zeros_like(p) if reduction == "squares" else columns.new_zeros(samples)
-    return found
+    for name in wanted.keys() - found.keys():
+        found[name] = torch.zeros_like(wanted[name]) if reduction == "squares" else columns.new_zeros(samples)
+    return {name: found[name] for name in wanted}
 
 
 def _rows_together(recorder: Recorder, outputs: Tensor, kind: _Kind) -> int:
@@ -197,7 +200,7 @@ def _rows_together(recorder: Recorder, outputs: Tensor, kind: _Kind) -> int:
     samples = len(outputs)
     if samples > 1 and recorder.ambiguous():
         return samples - 1  # a batch of another size cannot be mistaken for that dimension
-    columns = {"exact": outputs[0].numel(), "sampled": kind.samples, "empirical": 1}[kind.name]
+    columns = {"exact": outputs.shape[1:].numel(), "sampled": kind.samples, "empirical": 1}[kind.name]
     held = 0 if columns == 1 else columns * sum(use.outputs for use in recorder.uses if not use.merges())
     return samples if held <= COLUMN_ELEMENTS else max(1, samples * COLUMN_ELEMENTS // held)
 
@@ -325,7 +328,7 @@ def diagonal(net: nn.Module, batches: Batches, kind: str = "exact", samples: int
         count += len(images)
         for name, value in found.items():
             mean[name] = mean[name].lerp_(value, len(images) / count) if name in mean else value
-    return all_mean({name: mean.get(name, torch.zeros_like(p, requires_grad=False)) for name, p in wanted.items()}, count)
+    return all_mean(mean or {name: torch.zeros_like(p, requires_grad=False) for name, p in wanted.items()}, count)
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,19 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from fishlib.fisher import SOFTMAX, Batches, Softmax, _distributed, _kind, all_sum, diagonal, select, stream, vector_product
+from fishlib.fisher import (
+    SOFTMAX,
+    Batches,
+    Softmax,
+    _distributed,
+    _kind,
+    all_sum,
+    diagonal,
+    fresh_generator,
+    select,
+    stream,
+    vector_product,
+)
 from fishlib.per_sample import Linear, Rule, logits, propagate, record, slices
 
 
@@ -45,7 +57,7 @@ def natural_gradient(net: nn.Module, batches: Batches, gradient: dict[str, Tenso
     options = {"kind": kind, "samples": samples, "likelihood": likelihood}
     if method == "kfac":
         return _by_blocks(net, batches, gradient, damping, options | {"generator": generator})
-    source = _kind(kind, samples, generator, likelihood).generator
+    source = generator or fresh_generator()
     seed = int(torch.randint(2**62, (), generator=source, device=source.device))
 
     def product(vector: dict[str, Tensor]) -> dict[str, Tensor]:
