@@ -186,14 +186,18 @@ def value(text: str, records: Mapping[str, Any]) -> Any:
 
 def stored(folder: Path | None = None) -> list[dict[str, Any]]:
     """The contents of all results.json below a folder, by default `data/runs`; without those that are damaged."""
-    found = []
-    for file in sorted((folder or STORED).rglob("results.json")):
+    return list(_read(folder or STORED).values())
+
+
+def _read(folder: Path) -> dict[Path, dict[str, Any]]:
+    found = {}
+    for file in sorted(folder.rglob("results.json")):
         try:
             content = json.loads(file.read_text(encoding="utf-8"))
             content["records"], content["parameters"], content["provenance"], content["chapter"]
         except (ValueError, KeyError, TypeError):
             continue  # `fishlib results` names it
-        found.append(content)
+        found[file] = content
     return found
 
 
@@ -417,9 +421,8 @@ def store(run: runs.Run, experiment: Experiment) -> Path:
     """Copy the results of a finished run to `data/runs`, whole or not at all, in place of older ones of the same run."""
     text = run.results.read_text(encoding="utf-8")
     target = STORED / experiment.chapter / experiment.id / "results.json"
-    for file in sorted((STORED / experiment.chapter).rglob("results.json")):
-        content = json.loads(file.read_text(encoding="utf-8"))
-        if content.get("chapter") == experiment.chapter and not differences(content, run.parameters):
+    for file, content in _read(STORED).items():
+        if content["chapter"] == experiment.chapter and not differences(content, run.parameters):
             target = file
     runs.write(target, text)
     return target

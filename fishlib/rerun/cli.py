@@ -170,14 +170,17 @@ def _work(which: str, budget: float | None) -> int:
         expected = 60 * (one.gpu if gpu else one.cpu)
         with checking():
             plan = judging.planned(one)
-        if reason := _cannot_start(plan, expected, left, judging):
+        if reason := _cannot_start(plan, expected, left):
             display.line(f"{one.id}: {reason}")
         else:
             failed = _make(one, plan, expected, left, display) or failed
     return int(failed)
 
 
-def _cannot_start(plan: Any, expected: float, left: float | None, judging: Any) -> str:
+def _cannot_start(plan: runs.Run | None, expected: float, left: float | None) -> str:
+    """Why a run is not begun; empty if it is."""
+    from fishlib.rerun import claims as judging
+
     if plan is None:
         return "its chapter is not there yet"
     dataset = plan.parameters.get("dataset")
