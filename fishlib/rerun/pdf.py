@@ -46,6 +46,7 @@ def print_book(site: Path | None = None, out: Path | None = None, root: Path = R
     book = PdfWriter()
     with browser.browser() as chromium, browser.served(site) as address:
         tab = chromium.new_context(color_scheme="light").new_page()
+        tab.set_default_timeout(180_000)  # a busy machine is slow, not wrong
         for file in files:
             show(file)
             title, printed = _print(tab, address + file)
@@ -57,7 +58,7 @@ def print_book(site: Path | None = None, out: Path | None = None, root: Path = R
 def _print(tab: Any, address: str) -> tuple[str, bytes]:
     """The title of a page, and the page as PDF with everything that is folded opened."""
     tab.goto(address, wait_until="load")
-    tab.wait_for_function("!window.MathJax || !MathJax.startup || MathJax.startup.promise.then(() => true)", timeout=120_000)
+    tab.wait_for_function("!window.MathJax || !MathJax.startup || MathJax.startup.promise.then(() => true)")
     tab.evaluate("""async () => {
         document.documentElement.dataset.theme = 'light';
         document.querySelectorAll('article details').forEach(part => part.open = true);

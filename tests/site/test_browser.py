@@ -49,6 +49,7 @@ class Reader:
     """A window; what it complains of and what it asks of other machines is written down."""
 
     def __init__(self, context, address):
+        context.set_default_timeout(180_000)  # a busy machine is slow, not wrong
         self.address, self.complaints, self.outside = address, [], []
         self.page = context.new_page()
         self.page.on("pageerror", lambda error: self.complaints.append(str(error)))

@@ -4,6 +4,7 @@ import json
 import pkgutil
 import re
 from functools import cache
+from itertools import pairwise
 from pathlib import Path
 from urllib.parse import unquote, urldefrag, urlparse
 
@@ -81,6 +82,31 @@ def test_pictures_are_there_and_described(page):
         alternative = image.get("alt", "").strip()
         assert len(alternative) > 3, f"{source} has no alternative text"
         assert not FILE_NAME.fullmatch(alternative), f"{source} is described by a file name: {alternative}"
+
+
+@pytest.mark.parametrize("page", BOOK)
+def test_headings_skip_no_level(page):
+    levels = [int(heading.name[1]) for heading in article(page).find_all(re.compile(r"^h[1-6]$"))]
+    assert levels[0] == 1
+    assert [pair for pair in pairwise(levels) if pair[1] > pair[0] + 1] == []
+
+
+@pytest.mark.parametrize("page", BOOK)
+def test_page_says_its_language_and_width_and_names_each_part_once(page):
+    assert soup(page).html["lang"] == "en"
+    assert "width=device-width" in soup(page).find("meta", attrs={"name": "viewport"})["content"]
+    names = [tag["id"] for tag in soup(page).find_all(id=True)]
+    assert [name for name in set(names) if names.count(name) > 1] == []
+
+
+@pytest.mark.parametrize("page", BOOK)
+def test_links_and_buttons_have_words(page):
+    for tag in soup(page).find_all(["a", "button"]):
+        if tag.name == "a" and not tag.get("href"):
+            continue
+        words = [tag.get_text(), *(tag.get(name, "") for name in ("aria-label", "title"))]
+        words += [image.get("alt", "") for image in tag.find_all("img")]
+        assert any(word.strip() for word in words), str(tag)[:200]
 
 
 @pytest.mark.parametrize("page", PAGES)
