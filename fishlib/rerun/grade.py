@@ -204,13 +204,15 @@ def _end_below(process: Any) -> None:
     import psutil
 
     for _ in range(20):
-        children = [child for child in process.children(recursive=True) if child.status() != psutil.STATUS_ZOMBIE]
-        if not children:
+        killed = []
+        for child in process.children(recursive=True):
+            with contextlib.suppress(psutil.Error):  # it may end by itself meanwhile
+                if child.status() != psutil.STATUS_ZOMBIE:
+                    child.kill()
+                    killed.append(child)
+        if not killed:
             return
-        for child in children:
-            with contextlib.suppress(psutil.Error):
-                child.kill()
-        psutil.wait_procs(children, timeout=0.2)
+        psutil.wait_procs(killed, timeout=0.2)
 
 
 def _result(submission: str, results: dict[str, Any], most: float) -> Grade:

@@ -9,9 +9,11 @@ import masters
 import nbformat
 import psutil
 import pytest
+from click.testing import CliRunner
 from nbformat.v4 import new_code_cell
 
 from fishlib.rerun import assign
+from fishlib.rerun.cli import main
 from fishlib.rerun.confine import version
 
 pytest.importorskip("otter", reason="assignments are generated and graded by otter-grader (extra: course)")
@@ -212,6 +214,29 @@ def test_table_has_a_line_for_each_submission_with_points_and_words():
         grading.Grade("b", "refused", 0, 3, message="its kernel ended")])
     assert text.splitlines() == ["submission,status,score,possible,q1,q2,message",
                                  "a,graded,2,3,2.0,0.0,q2: the half is missing", "b,refused,0,3,,,its kernel ended"]
+
+
+def test_command_prints_words_writes_the_table_and_fails_when_one_was_refused(tmp_path, monkeypatch):
+    grades = {"a": grading.Grade("a", "graded", 2, 3, {"q2": (0, 1)}, {"q2": ["the half is missing"]}),
+              "b": grading.Grade("b", "refused", 0, 3, message="its kernel ended")}
+    monkeypatch.setattr(grading, "grade", lambda submission, *_, **__: grades[str(submission)])
+    result = CliRunner().invoke(main, ["grade", "a", "b", "--out", str(tmp_path / "grades.csv")])
+    assert result.exit_code == 1
+    assert result.output.splitlines() == ["a: graded, 2 of 3", "  q2: the half is missing",
+                                          "b: refused, 0 of 3; its kernel ended"]
+    assert (tmp_path / "grades.csv").read_text() == grading.table(list(grades.values()))
+
+
+def test_command_says_what_to_do_without_an_archive_or_landlock(built, tmp_path, monkeypatch):
+    monkeypatch.setattr(grading, "version", lambda: 1)
+    with pytest.raises(grading.GradeError, match="run `make assignments` first"):
+        grading.archive_of(read(built[NAME], "student"), tmp_path)
+    with pytest.raises(grading.GradeError, match="is not an autograder archive"):
+        grading.grade(built[NAME] / "student" / f"{NAME}.ipynb", built[NAME] / "student" / f"{NAME}.ipynb")
+    monkeypatch.setattr(grading, "version", lambda: 0)
+    result = CliRunner().invoke(main, ["grade", "a"])
+    assert result.exit_code == 1
+    assert "--unconfined" in result.output
 
 
 def test_master_whose_solution_loses_points_is_not_generated(tmp_path, monkeypatch):
