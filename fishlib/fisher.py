@@ -144,7 +144,8 @@ class _Kind:
             if self.name == "exact":
                 return self.likelihood.columns(outputs)
             if self.name == "sampled":
-                return self.likelihood.sampled(outputs, self.samples, self.generator) / math.sqrt(self.samples)
+                g = self.likelihood.sampled(outputs, self.samples, self.generator)
+                return g if self.samples == 1 else g / math.sqrt(self.samples)
             return self.likelihood.empirical(outputs, labels)
 
     def _check(self, outputs: Tensor, labels: Tensor | None) -> None:
