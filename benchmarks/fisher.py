@@ -3,10 +3,10 @@
     python benchmarks/fisher.py [--threads 1 2] [--repeats 9] [--nets mlp lenet resnet] [--peers NAMES]
         [--limit SECONDS] [--output FILE]
 
-Every method of one network takes its turn in every round; a ratio is the median over rounds of a method's time over that of the
-plain forward + backward in the same round. Wall-clock ratios come with those of the process's CPU time, which other
-programs on the machine disturb less. Each result is compared with ours before it is timed. The peers come with
-``pip install -e .[peers]``; one that is missing, fails or outruns the limit of CPU time prints its error.
+Every method of one network takes its turn in every round, in random order; a ratio is the median over rounds of a method's
+time over that of the plain forward + backward in the same round. Wall-clock ratios come with those of the process's CPU
+time, which other programs on the machine disturb less. Each result is compared with ours before it is timed. The peers
+come with ``pip install -e .[peers]``; one that is missing, fails or outruns the limit of CPU time prints its error.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import json
 import math
 import os
 import platform
+import random
 import signal
 import statistics
 import time
@@ -254,14 +255,15 @@ def measure(name: str, device: torch.device, repeats: int, peers: dict[str, Call
                 errors[peer, kind] = f"{type(error).__name__}: {message[:90]}"
     times: dict[tuple[str, str], list[tuple[float, float]]] = {key: [] for key in methods}
     references: dict[tuple[str, str], list[tuple[float, float]]] = {key: [] for key in methods}
+    plain_step = ("plain step", "")
     for _ in range(repeats):
-        reference = timed(methods["plain step", ""])
-        for key, run in methods.items():
-            if times[key] and spent[key] > limit:
-                continue
-            times[key].append(timed(run))
-            spent[key] += times[key][-1][1]
-            references[key].append(reference)
+        # In a new order each round: what runs before leaves the caches warm or cold.
+        order = random.sample(list(methods), len(methods))
+        found = {key: timed(methods[key]) for key in order if key == plain_step or not times[key] or spent[key] <= limit}
+        for key, seconds in found.items():
+            times[key].append(seconds)
+            spent[key] += seconds[1]
+            references[key].append(found[plain_step])
     memory = {("plain step", ""): peak_bytes(methods["plain step", ""])}
     memory |= {("fishlib", kind): peak_bytes(methods["fishlib", kind]) for kind in KINDS}
     least = floors(net, x)
