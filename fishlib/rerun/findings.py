@@ -78,7 +78,7 @@ def channels(records: Records) -> Finding:
     share = 100 * records["half_share"]
     kl, random, scratch = (100 * records[f"half_{name}"] for name in ("kl", "random", "scratch"))
     return Finding(
-        "05_channel_divergence", "Does the divergence between channels tell which ones can go?",
+        "05_channel_divergence", "Does KL divergence tell which channels can go?",
         f"validation accuracy without {share:.0f} % of the channels (%)",
         [Bar("at random", random), Bar("by KL divergence", kl, OURS), Bar("from scratch", scratch, CONTROL)],
         f"Without {share:.0f} % of its channels, fine-tuned briefly, a network is at {kl:.1f} % where KL divergence chose "
