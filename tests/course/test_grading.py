@@ -36,7 +36,7 @@ def archive(folder: Path) -> Path:
 
 def grade(folder: Path, submission: Path, **limits):
     if not version():
-        pytest.skip("this system cannot confine a process to a folder (Linux with Landlock can)")
+        pytest.skip("needs Linux with Landlock, which confines a process to a folder")
     return grading.grade(submission, archive(folder), **limits)
 
 
