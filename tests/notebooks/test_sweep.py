@@ -1,6 +1,7 @@
 """Sweeps: grids, the loop that submits, and real Dask clusters with workers that die."""
 
 import concurrent.futures as cf
+import contextlib
 import gc
 import os
 import signal
@@ -16,7 +17,7 @@ import pytest
 from click.testing import CliRunner
 from hypothesis import given
 from hypothesis import strategies as st
-from small_chapters import eventually, lines, load
+from small_chapters import alive, eventually, lines, load
 
 from fishlib.rerun import chapters, sweep
 from fishlib.rerun.cli import main
@@ -207,9 +208,12 @@ def dask():
 
 def end(process: subprocess.Popen) -> None:
     """Kill a `dask` command and its workers at once; the run's own process and its kernel have to notice."""
+    import psutil
+
     for member in _family(process.pid):
-        if not {"fishlib.rerun.child", "ipykernel_launcher"} & set(member.cmdline()):
-            member.kill()
+        with contextlib.suppress(psutil.Error):  # it ended since it was listed
+            if not {"fishlib.rerun.child", "ipykernel_launcher"} & set(member.cmdline()):
+                member.kill()
     process.wait()
 
 
@@ -299,7 +303,7 @@ def test_an_interrupted_sweep_ends_its_workers_and_goes_on_where_it_stopped(tmp_
     assert process.returncode == 130, output
     assert "goes on where it stopped" in output
     assert "Traceback" not in output
-    eventually(lambda: not [child for child in family if child.is_running() and child.status() != "zombie"])
+    eventually(lambda: not any(alive(child.pid) for child in family))
     (diary / "go").touch()
     again = command(*words)
     output, _ = again.communicate(timeout=60)
