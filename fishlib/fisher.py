@@ -15,6 +15,7 @@ and KL(p_theta || p_{theta + d}) = 1/2 d^T F d + O(|d|^3). Everything here is th
 from __future__ import annotations
 
 import math
+import sys
 from collections import defaultdict
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -28,7 +29,8 @@ from fishlib.per_sample import Checks, Recorder, asking, logits, record, reduced
 
 KINDS = ("exact", "sampled", "empirical")
 NOT_FINITE = "the network's outputs hold NaN or infinite values: look at its weights and at the images"
-COLUMN_ELEMENTS = 1 << 27  # elements of output gradients held at a time when several columns share a forward pass
+COLUMN_ELEMENTS = 100_000_000  # elements of output gradients held at a time when several columns share a forward pass
+LARGE = 1 << 18  # elements of images above which two of them go ahead, to tell how many may follow at a time
 
 
 # Likelihoods -----------------------------------------------------------------------------------------------------------
@@ -175,8 +177,15 @@ def _reduce(net: nn.Module, images: Tensor, labels: Tensor | None, wanted: dict[
             reduction: str) -> dict[str, Tensor]:
     """Of one batch, the mean of ``"squares"``, or ``"norms"`` (N,) (see `Rule`), of every wanted parameter."""
     samples = len(images)
-    outputs, recorder = record(net, images, wanted)
-    rows = _rows_together(recorder, logits(outputs, samples), kind)
+    rows = samples
+    if kind.name != "empirical" and samples > 2 and images.numel() > LARGE:
+        outputs, recorder = record(net, images[:2], wanted)
+        rows = _rows_together(recorder, logits(outputs, 2), kind)
+    if rows >= samples:
+        outputs, recorder = record(net, images, wanted)
+        rows = _rows_together(recorder, logits(outputs, samples), kind)
+        if samples > 1 and recorder.ambiguous():
+            rows = min(rows, samples - 1)  # a batch of another size cannot be mistaken for that dimension
     if rows < samples:
         del outputs, recorder
         parts = [(len(images[part]) / samples,
@@ -197,13 +206,10 @@ def _reduce(net: nn.Module, images: Tensor, labels: Tensor | None, wanted: dict[
 
 
 def _rows_together(recorder: Recorder, outputs: Tensor, kind: _Kind) -> int:
-    """How many samples to take at a time: all, unless their columns of output gradients are too many to hold."""
-    samples = len(outputs)
-    if samples > 1 and recorder.ambiguous():
-        return samples - 1  # a batch of another size cannot be mistaken for that dimension
+    """How many samples can be taken at a time, so that their columns of output gradients are not too many to hold."""
     columns = {"exact": outputs.shape[1:].numel(), "sampled": kind.samples, "empirical": 1}[kind.name]
     held = 0 if columns == 1 else columns * sum(use.outputs for use in recorder.uses if not use.merges())
-    return samples if held <= COLUMN_ELEMENTS else max(1, samples * COLUMN_ELEMENTS // held)
+    return max(1, COLUMN_ELEMENTS * len(outputs) // held) if held else sys.maxsize
 
 
 # Batches, parameters, sums over processes ------------------------------------------------------------------------------------

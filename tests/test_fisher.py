@@ -228,10 +228,12 @@ def test_batches_of_any_size_give_the_same_mean():
     assert relative_error(fisher.diagonal(net, [images[:5], images[5:]]), whole) < 1e-12
 
 
-def test_columns_that_do_not_fit_together_are_done_in_parts(monkeypatch):
+@pytest.mark.parametrize("large", [0, 1 << 18])
+def test_columns_that_do_not_fit_together_are_done_in_parts(monkeypatch, large):
     net, images, labels = build("lenet", 7)
     whole = fisher.diagonal(net, (images, labels))
     monkeypatch.setattr(fisher, "COLUMN_ELEMENTS", 10_000)
+    monkeypatch.setattr(fisher, "LARGE", large)
     monkeypatch.setattr("fishlib.per_sample.CHUNK", 50)
     assert relative_error(fisher.diagonal(net, (images, labels)), whole) < 1e-12
 
