@@ -355,7 +355,7 @@ class ImageData(L.LightningDataModule):
     batch_size : images a training batch
     validation : share of the training images that is set apart for validation
     limit : stratified subset of so many training images (validation included); None takes all
-    test_limit : the same for the test images
+    test_limit : the same for the test images, whatever the seed
     seed : of the validation split, the subset and the batches; the test split never depends on it
     augment : names out of `AUGMENTATIONS`; None takes the data set's usual ones (crop and flip for CIFAR)
     device : "auto" takes the GPU where there is one
@@ -402,7 +402,7 @@ class ImageData(L.LightningDataModule):
             raise ValueError(f"{self.name}: {len(subset)} images cannot be split into training and validation "
                              f"({error}): raise limit or validation") from error
         chosen = {"train": ("train", subset[train]), "validation": ("train", subset[held_out]),
-                  "test": ("test", _limited(test_labels, test_limit, self.seed))}
+                  "test": ("test", _limited(test_labels, test_limit, 0))}
         return {split: self._tensor(arrays[f"{source}_images"][index], arrays[f"{source}_labels"][index])
                 for split, (source, index) in chosen.items()}
 

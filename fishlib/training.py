@@ -180,8 +180,8 @@ def fit(net: nn.Module, data: ImageData, *, epochs: int = 10, optimizer: str | C
         progress: bool | None = None) -> tuple[nn.Module, pd.DataFrame]:
     """Train a copy of `net` on the training split of `data`.
 
-    The given network, and every random generator, stay as they are. The same seed on the same machine gives the same
-    result to the last bit on a CPU.
+    The given network, and every random generator, stay as they are; the copy is trained in training mode, whatever the
+    mode of the network. The same seed on the same machine gives the same result to the last bit on a CPU.
 
     Parameters
     ----------
@@ -217,7 +217,7 @@ def fit(net: nn.Module, data: ImageData, *, epochs: int = 10, optimizer: str | C
         the loss is no longer finite
     """
     _check(epochs, optimizer, schedule, precision)
-    net = copy.deepcopy(net)
+    net = copy.deepcopy(net).train()  # Lightning would keep the mode that it finds, and BatchNorm its old statistics
     if lr is None:
         lr = optimizer(copy.deepcopy(net)).param_groups[0]["lr"] if callable(optimizer) else LEARNING_RATES[optimizer]
     reduced = precision == "bfloat16" or (precision == "auto" and _gains_from_bfloat16(data.device))

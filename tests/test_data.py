@@ -229,6 +229,13 @@ def test_limit_takes_a_stratified_subset_and_leaves_the_test_split():
         ImageData(limit=5)
 
 
+def test_a_limited_test_split_is_the_same_for_every_seed():
+    first, second = (ImageData(limit=200, test_limit=50, seed=seed) for seed in (0, 1))
+    assert first.size("test") == 50
+    assert torch.equal(first.split("test")[1], second.split("test")[1])
+    assert not torch.equal(first.split("train")[1], second.split("train")[1])
+
+
 def test_the_first_training_images_keep_validation_and_test_split_and_standardisation(digits):
     fewer = digits.first(100)
     assert fewer.size("train") == 100 < digits.size("train")

@@ -57,6 +57,13 @@ def test_the_given_network_and_the_random_state_stay_as_they_were(small, net):
     assert torch.equal(state, torch.get_rng_state())
 
 
+def test_a_network_in_evaluation_mode_is_trained_in_training_mode(small, net):
+    expected, _ = fit(net, small, epochs=1)
+    resting = copy.deepcopy(net).eval()
+    assert same(fit(resting, small, epochs=1)[0], expected)
+    assert not resting.training
+
+
 def test_the_random_state_and_the_network_stay_also_after_an_exception(small, net):
     before, state = copy.deepcopy(net), torch.get_rng_state()
     with pytest.raises(Stop):
