@@ -1,39 +1,96 @@
-"""The printed book: pages in order under their titles, formulas set, folded parts open, a file that is whole or absent."""
+"""The printed book: title, contents, pages in order under running numbers, links that hold, a file that is whole or absent."""
 
 import errno
 import os
+import re
 
 import pytest
+import yaml
 
+import fishlib
 from fishlib.rerun import browser, pdf
 
 pypdf = pytest.importorskip("pypdf", reason="no pypdf: pip install 'fishlib[browser]'")
 needs_browser = pytest.mark.skipif(browser.find() is None, reason=f"no browser: none of {', '.join(browser.NAMES)}")
 
-PAGE = "<title>{title}</title><article><h1>{title}</h1><details><summary>S</summary>hidden {title}</details></article>"
+# Two sheets a page, and the same ids on each page, as Sphinx gives them.
+PAGE = """<title>{title}</title><article><h1>{title}</h1>
+<a href="#id1">here</a> <a href="{other}.html#id1">there</a> <a href="{other}.html">other</a>
+<a href="../genindex.html">index</a> <a href="https://example.org/">outside</a>
+<details style="break-after: page"><summary>S</summary>hidden {title}</details><p id="id1">end of {title}</p></article>"""
+CITATION = {"title": "Fish & chips: an introduction", "version": "1.2",
+            "authors": [{"given-names": "Ada", "family-names": "Bream"}, {"name": "The cooks"}]}
+CONFIG = {"copyright": "2031", "html": {"extra_footer": "Text: <a href='https://example.org/by'>CC BY</a>."},
+          "repository": {"url": "https://example.org/book"}}
+TOC = {"format": "jb-book", "root": "chapters/first", "parts": [
+    {"caption": "More", "chapters": [{"file": "chapters/second"}, {"file": "chapters/third"}]}]}
+OTHER = {"first": "second", "second": "first", "third": "first"}
 
 
 @pytest.fixture
 def book(tmp_path):
-    """The contents of two pages, and their site."""
+    """The contents of three pages, and their site."""
     (tmp_path / "chapters").mkdir()
-    (tmp_path / "_toc.yml").write_text("format: jb-book\nroot: chapters/first\nchapters:\n- file: chapters/second\n")
+    for name, content in {"_toc.yml": TOC, "_config.yml": CONFIG, "CITATION.cff": CITATION}.items():
+        (tmp_path / name).write_text(yaml.safe_dump(content, sort_keys=False))
     site = tmp_path / "_build" / "html" / "chapters"
     site.mkdir(parents=True)
-    for name in ("first", "second"):
+    for name, other in OTHER.items():
         (tmp_path / "chapters" / f"{name}.md").write_text("")
-        (site / f"{name}.html").write_text(PAGE.format(title=f"Das {name}"))
+        (site / f"{name}.html").write_text(PAGE.format(title=f"Das {name}", other=other))
     return tmp_path
 
 
-@needs_browser
-def test_book_is_printed_in_order_with_bookmarks_and_what_was_folded(book):
+@pytest.fixture
+def printed(book):
     pytest.importorskip("playwright.sync_api", reason="no Playwright: pip install 'fishlib[browser]'")
-    printed = pypdf.PdfReader(pdf.print_book(root=book))
-    assert [item.title for item in printed.outline] == ["Das first", "Das second"]
+    return pypdf.PdfReader(pdf.print_book(root=book))
+
+
+@needs_browser
+def test_book_has_a_title_page_and_contents_with_page_numbers(printed):
+    title, contents = (page.extract_text() for page in printed.pages[:2])
+    lines = ["Fish & chips", "An introduction", "Ada Bream, The cooks", "Version 1.2, 2031", "Text: CC BY.",
+             "https://example.org/book"]
+    assert title.split("\n") == lines
+    assert re.findall(r"(Das \w+)\s+(\d)", contents) == [("Das first", "3"), ("Das second", "5"), ("Das third", "7")]
+    assert dict(printed.metadata) == {"/Producer": "pypdf", "/Title": "Fish & chips: an introduction",
+                                      "/Author": "Ada Bream, The cooks"}
+
+
+@needs_browser
+def test_pages_come_in_order_under_running_numbers_with_what_was_folded(printed):
     text = [page.extract_text() for page in printed.pages]
-    assert "hidden Das first" in text[0]
-    assert "hidden Das second" in text[1]
+    assert [page.split()[-1] for page in text[1:]] == ["2", "3", "4", "5", "6", "7", "8"]
+    for number, name in enumerate(OTHER):
+        assert f"hidden Das {name}" in text[2 + 2 * number]
+        assert f"end of Das {name}" in text[3 + 2 * number]
+
+
+@needs_browser
+def test_bookmarks_are_the_pages_of_the_site_in_their_parts(printed):
+    first, more, (second, third) = printed.outline
+    assert [item.title for item in (first, more, second, third)] == ["Das first", "More", "Das second", "Das third"]
+    assert [printed.get_destination_page_number(item) for item in (first, more, second, third)] == [2, 4, 4, 6]
+
+
+@needs_browser
+def test_links_lead_to_the_page_that_is_meant_and_never_to_the_server(printed):
+    numbers = {page.indirect_reference.idnum: number for number, page in enumerate(printed.pages)}
+
+    def links(page):
+        notes = [note.get_object() for note in page.annotations]
+        return [numbers[note["/Dest"][0].idnum] if "/Dest" in note else note["/A"]["/URI"] for note in notes]
+
+    outside = "https://example.org/"
+    assert links(printed.pages[1]) == [2, 4, 6]
+    assert links(printed.pages[2]) == [3, 5, 4, outside]
+    assert links(printed.pages[4]) == [5, 3, 2, outside]
+    assert links(printed.pages[6]) == [7, 3, 2, outside]
+
+
+def test_book_is_cited_with_the_version_of_the_library():
+    assert pdf._about(pdf.ROOT)["version"] == fishlib.__version__
 
 
 def test_page_that_was_not_rendered_is_named(book):
