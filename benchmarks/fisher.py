@@ -1,12 +1,12 @@
 """Time and memory of the Fisher diagonal beside a plain training step and other libraries.
 
     python benchmarks/fisher.py [--threads 1 2] [--repeats 9] [--nets mlp lenet resnet] [--peers NAMES]
-        [--limit SECONDS] [--output FILE]
+        [--limit SECONDS] [--memory GIB] [--output FILE]
 
 Every method of one network takes its turn in every round, in random order; a ratio is the median over rounds of a method's
 time over that of the plain forward + backward in the same round. Wall-clock ratios come with those of the process's CPU
 time, which other programs on the machine disturb less. Each result is compared with ours before it is timed. The peers
-come with ``pip install -e .[peers]``; one that is missing, fails or outruns the limit of CPU time prints its error.
+come with ``pip install -e .[peers]``; one that is missing, fails or outruns a limit prints its error.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ import math
 import os
 import platform
 import random
+import resource
 import signal
 import statistics
 import time
@@ -184,14 +185,18 @@ def at_most(seconds: float) -> Iterator[None]:
         signal.signal(signal.SIGPROF, before)
 
 
-def timed(run: Callable) -> tuple[float, float]:
+def timed(run: Callable, calls: int = 1) -> tuple[float, float]:
+    """Wall and CPU seconds of one call; of several, the first is left out, so that what ran before does not count."""
+    if calls > 1:
+        run()
     if torch.cuda.is_available():
         torch.cuda.synchronize()
     wall, cpu = time.perf_counter(), time.process_time()
-    run()
+    for _ in range(calls):
+        run()
     if torch.cuda.is_available():
         torch.cuda.synchronize()
-    return time.perf_counter() - wall, time.process_time() - cpu
+    return (time.perf_counter() - wall) / calls, (time.process_time() - cpu) / calls
 
 
 def peak_bytes(run: Callable) -> int:
@@ -256,13 +261,15 @@ def measure(name: str, device: torch.device, repeats: int, peers: dict[str, Call
     times: dict[tuple[str, str], list[tuple[float, float]]] = {key: [] for key in methods}
     references: dict[tuple[str, str], list[tuple[float, float]]] = {key: [] for key in methods}
     plain_step = ("plain step", "")
+    calls = {key: min(10, 1 + int(0.04 / timed(methods[key])[0])) for key in methods}
     for _ in range(repeats):
-        # In a new order each round: what runs before leaves the caches warm or cold.
+        # In a new order each round: what runs before leaves the memory in another state.
         order = random.sample(list(methods), len(methods))
-        found = {key: timed(methods[key]) for key in order if key == plain_step or not times[key] or spent[key] <= limit}
+        found = {key: timed(methods[key], calls[key]) for key in order
+                 if key == plain_step or not times[key] or spent[key] <= limit}
         for key, seconds in found.items():
             times[key].append(seconds)
-            spent[key] += seconds[1]
+            spent[key] += calls[key] * seconds[1]
             references[key].append(found[plain_step])
     memory = {("plain step", ""): peak_bytes(methods["plain step", ""])}
     memory |= {("fishlib", kind): peak_bytes(methods["fishlib", kind]) for kind in KINDS}
@@ -305,10 +312,12 @@ def main() -> None:
     parser.add_argument("--nets", nargs="+", choices=NETS, default=list(NETS))
     parser.add_argument("--peers", nargs="*", choices=PEERS, default=list(PEERS), help="by default all")
     parser.add_argument("--limit", type=float, default=60, help="CPU seconds after which a method is stopped or not repeated")
+    parser.add_argument("--memory", type=int, default=10, help="GiB of data beyond which a method fails")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--output", type=Path, help="write the table to this JSON file")
     arguments = parser.parse_args()
     warnings.filterwarnings("ignore")
+    resource.setrlimit(resource.RLIMIT_DATA, (arguments.memory << 30, resource.RLIM_INFINITY))
     peers = {name: PEERS[name] for name in arguments.peers}
     rows = []
     for threads in arguments.threads:

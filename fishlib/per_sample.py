@@ -196,7 +196,7 @@ class BatchNorm(Rule):
         """(N, 2, C): sums over positions of g a and of g, for input a."""
         if g.ndim == 2:
             return torch.stack([g * self.input, g], 1)
-        products = torch.einsum("ncp,ncp->nc", g.flatten(2), self.input.flatten(2))
+        products = torch.linalg.vecdot(g.flatten(2), self.input.flatten(2))  # einsum's matrix product is thrice as slow
         return torch.stack([products, g.flatten(2).sum(2)], 1)
 
     def gradient(self, role: str, g: Tensor, rows: slice) -> Tensor:
