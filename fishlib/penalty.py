@@ -102,7 +102,7 @@ class Penalty(L.Callback):
     def __call__(self, net: nn.Module, images: Tensor, labels: Tensor, logits: Tensor) -> Tensor:
         """The term of this step, weighted. `logits` are the outputs of `net` for `images`, with their graph."""
         strength = self.current_strength()
-        if strength == 0:
+        if strength == 0 or type(self).term is Penalty.term:
             return logits.new_zeros(())
         return self.finite(strength * self.term(net, images, labels, logits))
 
@@ -442,16 +442,17 @@ class FisherWeighted(Penalty):
     @torch.no_grad()
     def shrink(self, optimizer: torch.optim.Optimizer, net: nn.Module, strength: float, batch_size: int) -> None:
         """One proximal step on the weights of `net`, with the learning rates of the optimizer's groups."""
-        names = {id(p): name for name, p in net.named_parameters()}
         for group in optimizer.param_groups:
             weights = [p for p in group["params"] if p.grad is not None]
+            rate = 2 * group["lr"] * strength
             if self.source == "adam":
-                moments, scale = _second_moments(optimizer, group, weights)
-                factors = torch._foreach_mul(moments, 2 * group["lr"] * strength * batch_size * scale)
+                F_ii, scale = _second_moments(optimizer, group, weights)
+                rate *= batch_size * scale
             else:
-                factors = torch._foreach_mul([self.memory[names[id(p)]] for p in weights], 2 * group["lr"] * strength)
-            torch._foreach_add_(factors, 1.0)
-            torch._foreach_div_(weights, factors)
+                names = {id(p): name for name, p in net.named_parameters()}
+                F_ii = [self.memory[names[id(p)]] for p in weights]
+            one = weights[0].new_ones(())
+            torch._foreach_div_(weights, [torch.add(one, f, alpha=rate) for f in F_ii])
 
 
 def _second_moments(optimizer: torch.optim.Optimizer, group: dict, weights: list[Tensor]) -> tuple[list[Tensor], float]:
