@@ -327,14 +327,19 @@ def main() -> None:
                 rows.append({key: round(value, 4 if value > 1e-3 else 10) if isinstance(value, float) and math.isfinite(value)
                              else value for key, value in row.items()})
                 show(row)
-    if arguments.output:
-        cpu = next((line.partition(":")[2].strip() for line in Path("/proc/cpuinfo").read_text().splitlines()
-                    if line.startswith("model name")), platform.processor())
-        record = {"torch": torch.__version__, "cpu": cpu, "cores": os.cpu_count(),
-                  "load": os.getloadavg()[0], "device": arguments.device, "rows": rows}
-        partial = arguments.output.with_suffix(".part")
-        partial.write_text(json.dumps(record, indent=1) + "\n")
-        os.replace(partial, arguments.output)
+            if arguments.output:
+                keep(arguments.output, rows, arguments.device)
+
+
+def keep(output: Path, rows: list[dict], device: str) -> None:
+    """Write the rows so far, whole or not at all."""
+    cpu = next((line.partition(":")[2].strip() for line in Path("/proc/cpuinfo").read_text().splitlines()
+                if line.startswith("model name")), platform.processor())
+    record = {"torch": torch.__version__, "cpu": cpu, "cores": os.cpu_count(), "load": os.getloadavg()[0], "device": device,
+              "rows": rows}
+    partial = output.with_suffix(".part")
+    partial.write_text(json.dumps(record, indent=1) + "\n")
+    os.replace(partial, output)
 
 
 if __name__ == "__main__":
