@@ -1,6 +1,7 @@
 """The form that every chapter keeps, read from the notebooks themselves: nothing is executed here."""
 
 import re
+from itertools import pairwise
 from pathlib import Path
 
 import nbformat
@@ -77,6 +78,22 @@ def test_numbers_cited_in_prose_were_recorded_and_records_are_unique(path):
     recorded = {*records, "duration", *re.findall(r"record\(\"(\w+)\"", "\n".join(timed))}
     assert cited <= recorded
     assert len(records) == len(set(records))
+
+
+def test_exercises_with_a_solution_have_a_starter_a_hint_and_a_check(path):
+    cells = nbformat.read(path, 4).cells
+    solved = [(question, cell) for question, cell in pairwise(cells) if cell.source.startswith("# Solution")]
+    assert len(solved) >= 3
+    for question, solution in solved:
+        assert re.search(r"\*Starter:\* .*\*Hint:\* ", question.source)
+        assert "hide-cell" in solution.metadata.tags
+        assert "assert " in solution.source
+
+
+def test_training_can_go_on_after_an_interruption(path):
+    sources = "\n".join(cell.source for cell in code(path))
+    assert "checkpoint=" in sources
+    assert "storage" in parameters_cell(path) or "FISHLIB_CHECKPOINTS" in sources
 
 
 def test_ends_with_its_provenance(path):
