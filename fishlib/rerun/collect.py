@@ -171,8 +171,8 @@ def save(table: pd.DataFrame, stem: Path) -> tuple[Path, Path]:
     for name in flat.columns:
         if flat[name].map(lambda value: isinstance(value, list)).any():
             flat[name] = flat[name].map(lambda value: json.dumps(value) if isinstance(value, list) else value)
-        elif flat[name].dtype == object and flat[name].dropna().map(type).nunique() > 1:
-            flat[name] = flat[name].map(lambda value: value if value is None else str(value))
+        if flat[name].dtype == object and flat[name].dropna().map(type).nunique() > 1:
+            flat[name] = flat[name].map(str, na_action="ignore")
     files = stem.with_name(stem.name + ".parquet"), stem.with_name(stem.name + ".csv")
     stem.parent.mkdir(parents=True, exist_ok=True)
     for file, writer in zip(files, (flat.to_parquet, flat.to_csv), strict=True):

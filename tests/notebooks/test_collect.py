@@ -176,3 +176,11 @@ def test_the_plan_for_a_cluster_counts_right_and_its_file_is_valid(tmp_path):
     file.write_text(re.search(r"```yaml\n(.*?)```", page, re.S)[1])
     slurm, jobs = sweep.slurm_settings(file)
     assert jobs * slurm["cores"] == 16
+
+
+def test_a_record_that_is_a_list_in_one_run_and_a_number_in_another_is_saved(tmp_path):
+    table = pd.DataFrame({"accuracy": [[0.5, 0.6], 0.7, None], "number": [1.0, 2.0, None]})
+    parquet, _ = collect.save(table, tmp_path / "all")
+    again = pd.read_parquet(parquet)
+    assert again["accuracy"].tolist()[:2] == ["[0.5, 0.6]", "0.7"]
+    assert again["number"].tolist()[:2] == [1.0, 2.0]
