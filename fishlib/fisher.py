@@ -178,7 +178,8 @@ def _reduce(net: nn.Module, images: Tensor, labels: Tensor | None, wanted: dict[
     """Of one batch, the mean of ``"squares"``, or ``"norms"`` (N,) (see `Rule`), of every wanted parameter."""
     samples = len(images)
     rows = samples
-    if kind.name != "empirical" and samples > 2 and images.numel() > LARGE:
+    several = kind.name == "exact" or kind.samples > 1
+    if several and samples > 2 and images.numel() > LARGE:
         outputs, recorder = record(net, images[:2], wanted)
         rows = _rows_together(recorder, logits(outputs, 2), kind)
     if rows >= samples:

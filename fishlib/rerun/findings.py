@@ -151,10 +151,12 @@ def _finding(make: Callable[[Records], Finding], runs: Iterable[dict]) -> Findin
     return None
 
 
-def _weight(run: dict) -> tuple[bool, int, int]:
-    """Three seeds or more before fewer, then large data before small, then the number of seeds."""
-    seeds, dataset = run["parameters"].get("seeds", 1), run["parameters"].get("dataset")
-    return seeds >= 3, DATASETS.index(dataset) if dataset in DATASETS else -1, seeds
+def _weight(run: dict) -> tuple[bool, bool, bool, int, int]:
+    """Three seeds or more before fewer, real images before digits, all of them before a part, then large data, then seeds."""
+    given = run["parameters"]
+    seeds, dataset = given.get("seeds", 1), given.get("dataset")
+    size = DATASETS.index(dataset) if dataset in DATASETS else -1
+    return seeds >= 3, size > DATASETS.index("digits"), not given.get("limit"), size, seeds
 
 
 def _conditions(run: dict) -> str:
