@@ -87,7 +87,7 @@ def backpack(net: nn.Module, x: Tensor, y: Tensor, kind: str) -> Callable[[], Te
     from backpack import backpack, extend, extensions
 
     residual = any(type(m).__name__ == "ResNet" for m in net.modules())
-    net = extend(deepcopy(net).eval(), use_converter=residual)
+    net = extend(net, use_converter=residual)
     loss = extend(nn.CrossEntropyLoss(reduction="sum"))
     extension, name = {"empirical": (extensions.SumGradSquared, "sum_grad_squared"),
                        "sampled": (extensions.DiagGGNMC, "diag_ggn_mc"),
@@ -122,7 +122,6 @@ def laplace(backend: str) -> Callable:
 
         module = {"Asdl": asdl, "BackPack": backpack_backend, "Curvlinops": curvlinops}[backend]
         options = {} if kind == "empirical" else {"stochastic": kind == "sampled"}
-        net = deepcopy(net).eval()
         net.output_size = 10
         curvature = getattr(module, backend + ("EF" if kind == "empirical" else "GGN"))(net, "classification", **options)
         return lambda: curvature.diag(x, y)[1] / len(x)
@@ -135,7 +134,7 @@ def opacus(net: nn.Module, x: Tensor, y: Tensor, kind: str) -> Callable[[], Tens
 
     if kind == "exact":
         raise NotImplementedError("offers per-sample gradients of one label")
-    module = GradSampleModule(deepcopy(net).train(), loss_reduction="sum")  # its hooks work in training mode only
+    module = GradSampleModule(net.train(), loss_reduction="sum")  # its hooks work in training mode only
 
     def run() -> Tensor:
         labels = y if kind == "empirical" else sampled_labels(module, x)
@@ -250,7 +249,7 @@ def measure(name: str, device: torch.device, repeats: int, peers: dict[str, Call
         spent["fishlib", kind] = 0.0
         for peer, build in peers.items():
             try:
-                run = build(net, x, y, kind)
+                run = build(deepcopy(net), x, y, kind)  # one that is stopped may leave its network in any mode
                 start = time.process_time()
                 with at_most(limit):
                     agreement[peer, kind] = error_of(run().detach(), expected, kind)

@@ -32,6 +32,7 @@ VARIANTS: dict[str, Callable[[], penalty.Penalty | None]] = {
     "plain": lambda: None,
     "FisherWeighted, adam": lambda: penalty.FisherWeighted(1e-3),
     "FisherTrace, range": lambda: penalty.FisherTrace(1e-3),
+    "FisherTrace, range, an eighth": lambda: penalty.FisherTrace(1e-3, share=0.125),
     "FisherTrace, relative": lambda: penalty.FisherTrace(1e-3, "relative_noise"),
     "FisherTrace, range, whole batch": lambda: penalty.FisherTrace(1e-3, share=1.0),
     "FisherTrace, range, every 8th": lambda: penalty.FisherTrace(1e-3, every=8),
@@ -42,7 +43,8 @@ VARIANTS: dict[str, Callable[[], penalty.Penalty | None]] = {
     "SAM": lambda: penalty.SAM(),
     "NoisyWeights": lambda: penalty.NoisyWeights(0.05),
 }
-BARS = {"FisherWeighted, adam": (1.10, 1.10), "FisherTrace, range": (1.8, 2.2), "FisherTrace, range, every 8th": (1.3, 1.3)}
+BARS = {"FisherWeighted, adam": (1.10, 1.10), "FisherTrace, range": (1.8, 2.2),
+        "FisherTrace, range, an eighth": (1.8, 2.2), "FisherTrace, range, every 8th": (1.3, 1.3)}
 
 
 class Steps:
@@ -145,7 +147,7 @@ def main() -> None:
     variants = ["plain", *(name for name in arguments.penalties if name != "plain")]
     for network in arguments.networks:
         table = measure(network, variants, arguments.repeats, arguments.device)
-        deviations = {str(share): deviation(network, share, 16, arguments.device) for share in (1.0, 0.25)}
+        deviations = {str(share): deviation(network, share, 16, arguments.device) for share in (1.0, 0.25, 0.125)}
         print(table.round(3).to_string(index=False))
         for name, bars in BARS.items():
             for row in table[table.penalty == name].itertuples():
