@@ -33,7 +33,7 @@ class ChannelConv3d(nn.Module):
     Parameters
     ----------
     channels : C, input channels
-    groups_in, groups_out : G and G'; G divides C
+    groups_in, groups_out : G and G'; G divides C; G' = G by default
     kernel : k, rows and columns of the kernel
     depth : d, its extent along the channels; odd
     mix : a 1 x 1 convolution of C to C channels first
@@ -47,11 +47,10 @@ class ChannelConv3d(nn.Module):
                  stride: int = 1, mix: bool = False, order: Sequence[int] | str | None = None, bias: bool = False,
                  dense: bool | None = None):
         super().__init__()
-        groups_out = groups_out or groups_in
-        if channels % groups_in:
-            raise ValueError(f"groups_in={groups_in} does not divide channels={channels}: choose a divisor")
-        if kernel % 2 == 0 or depth % 2 == 0:
-            raise ValueError(f"kernel={kernel}, depth={depth}: use odd sizes, so that the middle is one pixel and channel")
+        _check_divides(channels, groups_in=groups_in)
+        groups_out = groups_in if groups_out is None else groups_out
+        _check_at_least_one(channels=channels, groups_out=groups_out, stride=stride)
+        _check_odd(kernel=kernel, depth=depth)
         learned = isinstance(order, str) and order == "learned"
         if not (order is None or learned) and sorted(order) != list(range(channels)):
             raise ValueError(f'order has to name each of the channels 0 to {channels - 1} once, or be "learned"')
@@ -160,23 +159,26 @@ def swapped(net: nn.Module, neighbours: int = 4, depth: int = 3, mix: bool = Fal
     """A copy of `net` with a `ChannelConv3d`, of new weights, in place of each k x k convolution that it can replace.
 
     A convolution from C to C' channels becomes one from ``G = C / D`` to ``G' = C' / D`` groups of D = `neighbours`; it keeps
-    its kernel, its stride and whether it has a bias. 1 x 1, grouped and dilated convolutions stay, those without the padding
-    k // 2, and those where D does not divide both C and C'.
+    its kernel, its stride, whether it has a bias, whether its weight is trained, and its mode. 1 x 1, grouped and dilated
+    convolutions stay, those that do not pad k // 2 zeros, and those where D does not divide both C and C'. The new weights
+    are drawn from the global random state, which stays as it is.
 
     Raises
     ------
     ValueError
-        nothing could be replaced
+        nothing could be replaced; a number of neighbours below 1, an even depth
     """
-    net, count = copy.deepcopy(net), 0
-    for name, conv in list(net.named_modules()):
-        if isinstance(conv, nn.Conv2d) and _replaceable(conv, neighbours):
-            kernel, device = conv.kernel_size[0], conv.weight.device
-            layer = ChannelConv3d(conv.in_channels, conv.in_channels // neighbours, conv.out_channels // neighbours, kernel,
-                                  depth, conv.stride[0], mix, bias=conv.bias is not None)
-            net.set_submodule(name, layer.to(device, conv.weight.dtype))
-            count += 1
-    if not count:
+    _check_at_least_one(neighbours=neighbours)
+    _check_odd(depth=depth)
+    net = copy.deepcopy(net)
+    found = {name: conv for name, conv in net.named_modules() if isinstance(conv, nn.Conv2d) and _replaceable(conv, neighbours)}
+    with torch.random.fork_rng(devices=[]):
+        for name, conv in found.items():
+            layer = ChannelConv3d(conv.in_channels, conv.in_channels // neighbours, conv.out_channels // neighbours,
+                                  conv.kernel_size[0], depth, conv.stride[0], mix, bias=conv.bias is not None)
+            layer = layer.train(conv.training).requires_grad_(conv.weight.requires_grad)
+            net.set_submodule(name, layer.to(conv.weight.device, conv.weight.dtype))
+    if not found:
         raise ValueError(f"no convolution of {type(net).__name__} can have groups of {neighbours} neighbours: their kernels "
                          "have to be larger than 1 x 1, and neighbours a divisor of their channels")
     return net
@@ -184,8 +186,9 @@ def swapped(net: nn.Module, neighbours: int = 4, depth: int = 3, mix: bool = Fal
 
 def _replaceable(conv: nn.Conv2d, neighbours: int) -> bool:
     kernel = conv.kernel_size[0]
-    square = conv.kernel_size == (kernel, kernel) and conv.padding == (kernel // 2, kernel // 2) and len(set(conv.stride)) == 1
-    return (square and kernel > 1 and kernel % 2 == 1 and conv.groups == 1 and conv.dilation == (1, 1)
+    square = conv.kernel_size == (kernel, kernel) and len(set(conv.stride)) == 1
+    padded = conv.padding_mode == "zeros" and conv.padding in ("same", (kernel // 2, kernel // 2))
+    return (square and padded and kernel > 1 and kernel % 2 == 1 and conv.groups == 1 and conv.dilation == (1, 1)
             and conv.in_channels % neighbours == 0 and conv.out_channels % neighbours == 0)
 
 
@@ -194,6 +197,7 @@ class Maxout(nn.Module):
 
     def __init__(self, pieces: int = 2):
         super().__init__()
+        _check_at_least_one(pieces=pieces)
         self.pieces = pieces
 
     def forward(self, x: Tensor) -> Tensor:
@@ -211,8 +215,9 @@ class TriPlanar(nn.Module):
 
     def __init__(self, channels: int, groups: int = 8, kernel: int = 3):
         super().__init__()
-        if channels % groups:
-            raise ValueError(f"groups={groups} does not divide channels={channels}: choose a divisor")
+        _check_at_least_one(channels=channels)
+        _check_divides(channels, groups=groups)
+        _check_odd(kernel=kernel)
         half = kernel // 2
         self.groups = groups
         self.rows_columns = nn.Conv2d(channels, channels, kernel, padding=half, groups=channels, bias=False)
@@ -229,6 +234,7 @@ class ChannelAttention(nn.Module):
 
     def __init__(self, kernel: int = 3):
         super().__init__()
+        _check_odd(kernel=kernel)
         self.conv = nn.Conv1d(1, 1, kernel, padding=kernel // 2, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -252,3 +258,21 @@ def sorted_order(relation: Tensor, distance: bool = False) -> list[int]:
         return list(range(len(far)))
     far = far.clamp_min(0).fill_diagonal_(0).numpy()
     return leaves_list(linkage(squareform(far, checks=False), "average", optimal_ordering=True)).tolist()
+
+
+def _check_at_least_one(**values: int) -> None:
+    for name, value in values.items():
+        if value < 1:
+            raise ValueError(f"{name}={value}: use at least 1")
+
+
+def _check_divides(channels: int, **values: int) -> None:
+    for name, value in values.items():
+        if value < 1 or channels % value:
+            raise ValueError(f"{name}={value} does not divide channels={channels}: choose a divisor")
+
+
+def _check_odd(**values: int) -> None:
+    for name, value in values.items():
+        if value < 1 or value % 2 == 0:
+            raise ValueError(f"{name}={value}: use an odd size, so that its middle is one pixel or channel")

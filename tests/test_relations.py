@@ -152,6 +152,23 @@ def test_swapping_keeps_what_it_cannot_replace():
         relations.swapped(net[:2], 2)
 
 
+def test_swapping_keeps_modes_frozen_weights_and_the_random_state():
+    net = nn.Sequential(nn.Conv2d(8, 8, 3, padding=1), nn.Conv2d(8, 8, 3, padding="same")).eval()
+    net[0].requires_grad_(False)
+    before = torch.get_rng_state()
+    swap = relations.swapped(net)
+    assert torch.equal(torch.get_rng_state(), before)
+    assert not any(module.training for module in swap.modules())
+    assert not any(parameter.requires_grad for parameter in swap[0].parameters())
+    assert all(parameter.requires_grad for parameter in swap[1].parameters())
+    assert not torch.equal(swap[0].conv.weight, swap[1].conv.weight)
+
+
+def test_swapping_leaves_padding_other_than_zeros_alone():
+    net = nn.Sequential(nn.Conv2d(8, 8, 3, padding=1, padding_mode="circular"), nn.Conv2d(8, 8, 3, padding=1))
+    assert [type(layer) for layer in relations.swapped(net)] == [nn.Conv2d, relations.ChannelConv3d]
+
+
 def test_maxout_is_the_maximum_of_neighbours():
     x = torch.randn(2, 6, 3, 3)
     found = relations.Maxout(3)(x)
@@ -206,22 +223,28 @@ def test_maxout_network_runs_with_fewer_weights_than_its_twin():
     assert cost.count(net, (1, 8, 8)).parameters < cost.count(twin, (1, 8, 8)).parameters
 
 
-def test_bad_input_is_named():
-    with pytest.raises(ValueError, match="does not divide channels=10"):
-        relations.ChannelConv3d(10, 4)
-    with pytest.raises(ValueError, match="odd"):
-        relations.ChannelConv3d(8, 4, depth=2)
-    with pytest.raises(ValueError, match="once"):
-        relations.ChannelConv3d(4, 2, order=[0, 1, 1, 2])
-    with pytest.raises(ValueError, match="groups of 2"):
-        relations.Maxout(2)(torch.zeros(1, 3, 2, 2))
-    with pytest.raises(ValueError, match="does not divide"):
-        relations.TriPlanar(10, 4)
-    with pytest.raises(ValueError, match="finite matrix"):
-        relations.sorted_order(torch.full((3, 3), float("nan")))
-    with pytest.raises(ValueError, match="use one of conv2d"):
-        nets.relation_net("conv4d")
-    with pytest.raises(ValueError, match="orders are for"):
-        nets.relation_net("conv2d", orders=[[0]])
-    with pytest.raises(ValueError, match="does not divide width"):
-        nets.maxout_net(width=9)
+@pytest.mark.parametrize(("call", "message"), [
+    (lambda: relations.ChannelConv3d(10, 4), "groups_in=4 does not divide channels=10"),
+    (lambda: relations.ChannelConv3d(8, 0), "groups_in=0 does not divide"),
+    (lambda: relations.ChannelConv3d(8, 4, groups_out=0), "groups_out=0"),
+    (lambda: relations.ChannelConv3d(8, 4, stride=0), "stride=0"),
+    (lambda: relations.ChannelConv3d(8, 4, depth=2), "depth=2: use an odd size"),
+    (lambda: relations.ChannelConv3d(8, 4, kernel=2), "kernel=2: use an odd size"),
+    (lambda: relations.ChannelConv3d(4, 2, order=[0, 1, 1, 2]), "once"),
+    (lambda: relations.Maxout(0), "pieces=0"),
+    (lambda: relations.Maxout(2)(torch.zeros(1, 3, 2, 2)), "groups of 2"),
+    (lambda: relations.TriPlanar(10, 4), "groups=4 does not divide"),
+    (lambda: relations.TriPlanar(8, 0), "groups=0 does not divide"),
+    (lambda: relations.TriPlanar(8, 4, kernel=2), "kernel=2: use an odd size"),
+    (lambda: relations.ChannelAttention(2), "kernel=2: use an odd size"),
+    (lambda: relations.swapped(nn.Conv2d(8, 8, 3, padding=1), 0), "neighbours=0"),
+    (lambda: relations.swapped(nn.Conv2d(8, 8, 3, padding=1), depth=2), "depth=2: use an odd size"),
+    (lambda: relations.sorted_order(torch.full((3, 3), float("nan"))), "finite matrix"),
+    (lambda: nets.relation_net("conv4d"), "use one of conv2d"),
+    (lambda: nets.relation_net("conv2d", orders=[[0]]), "orders are for"),
+    (lambda: nets.maxout_net(width=9), "does not divide width"),
+    (lambda: nets.maxout_net(pieces=0), "does not divide width"),
+])
+def test_bad_input_is_named(call, message):
+    with pytest.raises(ValueError, match=message):
+        call()

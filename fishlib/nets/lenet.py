@@ -11,7 +11,7 @@ from torch import nn
 def lenet5(classes: int = 10, shape: Sequence[int] = (1, 28, 28)) -> nn.Sequential:
     """The LeNet-5 of Caffe, the one that compression papers use: 431,080 parameters on 28 x 28 images.
 
-    Two 5 x 5 convolutions of 20 and 50 maps, each with 2 x 2 max pooling, then 500 hidden units. Images below 12 x 12
+    Two 5 x 5 convolutions of 20 and 50 maps, each with 2 x 2 max pooling, then 500 hidden units. Images below 16 x 16
     are too small for it.
     """
     channels, height, width = shape

@@ -15,7 +15,7 @@ def maxout_net(classes: int = 10, shape: Sequence[int] = (1, 8, 8), width: int =
 
     The next layer so reads fewer maps: an inner layer has ``9 width^2 / pieces`` weights. No ReLU [Goodfellow et al. 2013].
     """
-    if width % pieces:
+    if pieces < 1 or width % pieces:
         raise ValueError(f"pieces={pieces} does not divide width={width}: choose a divisor")
     before, net = shape[0], nn.Sequential()
     for i in range(layers + 1):
