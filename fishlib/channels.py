@@ -25,7 +25,8 @@ from .training import evaluation_mode
 
 KINDS = ("kl", "js", "correlation", "cosine", "cka")
 REDUCE = ("pixels", "mean")
-CRITERIA = ("kl", "js", "correlation", "cosine", "cka", "l1", "fpgm", "taylor", "rank", "group", "random")
+SCORES = ("l1", "fpgm", "taylor", "rank", "group", "random")
+CRITERIA = (*KINDS, *SCORES)
 RANGE = 6.0  # of histograms, in root mean squares of the layer's first batch
 
 # Statistics of channels, in one pass.
@@ -74,8 +75,6 @@ class LayerStatistics:
     def add(self, maps: Tensor, reduce: str, bins: int, low: float, gram: Tensor | None) -> None:
         """Count in the maps (N, C, H, W) of a batch, and the Gram matrices of its channels."""
         rows = (maps.mean((2, 3), keepdim=True) if reduce == "mean" else maps).movedim(1, 0).flatten(1)
-        if not torch.isfinite(rows.sum()):
-            raise ValueError(f"layer {self.name}: activations are not finite; look for NaN or infinite weights or images")
         if self._shift is None:
             self._shift = rows.mean(1).double()
             self.scale = float(rows.double().square().mean().sqrt()) or 1.0
@@ -126,6 +125,7 @@ class Activations:
     def relation(self, name: str, kind: str = "kl") -> Tensor:
         """Channel-by-channel matrix (C, C) of one layer; see `relations`."""
         _check_choice("kind", kind, KINDS)
+        _check_choice("layer", name, list(self.layers))
         layer = self.layers[name]
         if kind in ("kl", "js"):
             compare = divergence.kl_histogram_pairs if kind == "kl" else divergence.js_histogram_pairs
@@ -145,6 +145,8 @@ class Activations:
         pixels of the coarser of the two layers, to which the other one is pooled; CKA compares images, at any resolution.
         """
         _check_choice("kind", kind, KINDS)
+        for name in (first, second):
+            _check_choice("layer", name, list(self.layers))
         if kind in ("kl", "js"):
             compare = divergence.kl_histogram_pairs if kind == "kl" else divergence.js_histogram_pairs
             return compare(self.layers[first].histogram, self.layers[second].histogram)
@@ -225,7 +227,7 @@ def activations(net: nn.Module, data: ImageData, layers: Sequence[str] | None = 
 
     Parameters
     ----------
-    layers : names of convolutions; by default all of them
+    layers : names of convolutions; by default all that run
     reduce : what a sample is: "pixels", every pixel of a map, or "mean", the mean of each map
     rectify : look at the maps behind a ReLU
     bins : of the histograms, between 0 (or -6) and 6 root mean squares of the layer, with an open one at either end
@@ -237,16 +239,19 @@ def activations(net: nn.Module, data: ImageData, layers: Sequence[str] | None = 
     Raises
     ------
     ValueError
-        a layer that does not exist, activations that are not finite, fewer than two images
+        a layer that does not exist or does not run, activations that are not finite, fewer than two images
     """
     _check_choice("reduce", reduce, REDUCE)
     if bins < 4:
         raise ValueError(f"bins={bins}: a histogram needs at least 4")
+    if grams and batch_size < 2:
+        raise ValueError(f"batch_size={batch_size}: Gram matrices compare images of a batch, so give it two or more")
     chosen, statistics, pairs = list(_named(net, layers)), {}, {}
     last: list[tuple] = []
     sample = _sample(data, images, batch_size)
 
     def take(name: str, maps: Tensor) -> None:
+        _check_finite(name, "activations", maps)  # before the ReLU, behind which -inf is 0
         maps = F.relu(maps) if rectify else maps
         gram = _gram(maps) if grams else None
         statistics.setdefault(name, LayerStatistics(name)).add(maps, reduce, bins, 0.0 if rectify else -RANGE, gram)
@@ -260,6 +265,7 @@ def activations(net: nn.Module, data: ImageData, layers: Sequence[str] | None = 
         for batch, _ in sample:
             last.clear()
             net(batch.to(_device(net)))
+    _check_ran(layers, statistics)
     return Activations(statistics, pairs, len(sample.labels), reduce)
 
 
@@ -306,9 +312,11 @@ def contribution(net: nn.Module, data: ImageData, layers: Sequence[str] | None =
         layer, portion (-1 for the whole layer), channels (how many), kl (predictions), kl_input (activations; NaN for the
         first layer and for portions); the least contributing first
     """
+    if portions < 0:
+        raise ValueError(f"portions={portions}: use 0 for whole layers only, or how many parts a layer is cut into")
     found = _named(net, layers)
     sample = _sample(data, images, 500, split)
-    statistics = activations(net, data, list(found), images=images, cross=False)
+    statistics = activations(net, data, layers, images=images, cross=False)
     logits = _logits(net, sample)
     norms = {name: conv.weight.abs().flatten(1).sum(1) for name, (conv, _) in found.items()}
     rows, before = [], None
@@ -422,41 +430,49 @@ def choose(net: nn.Module, data: ImageData, criterion: str = "kl", share: float 
 def scores(net: nn.Module, data: ImageData, criterion: str = "l1", layers: Sequence[str] | None = None,
            images: int = 1000, seed: int = 0) -> dict[str, Tensor]:
     """A score for each channel of each layer, larger for what should stay; the criteria are explained in `choose`."""
+    _check_choice("criterion", criterion, SCORES)
     found = _named(net, layers)
     if criterion in ("taylor", "rank"):
         score = _taylor if criterion == "taylor" else _rank
-        return score(net, found, _sample(data, images, 250))
-    if criterion == "group":
-        return _group_norm(net, data.shape, list(found))
-    generator = torch.Generator().manual_seed(seed)
-    by_weight: dict[str, Callable[[Tensor], Tensor]] = {
-        "l1": lambda filters: filters.abs().sum(1),
-        "fpgm": lambda filters: torch.cdist(filters, filters).sum(1),
-        "random": lambda filters: torch.rand(len(filters), generator=generator)}
-    _check_choice("criterion", criterion, tuple(by_weight))
-    return {name: by_weight[criterion](conv.weight.detach().flatten(1)) for name, (conv, _) in found.items()}
+        values = score(net, found, _sample(data, images, 250))
+        _check_ran(layers, values)
+    elif criterion == "group":
+        values = _group_norm(net, data.shape, layers)
+    else:
+        generator = torch.Generator().manual_seed(seed)
+        by_weight: dict[str, Callable[[Tensor], Tensor]] = {
+            "l1": lambda filters: filters.abs().sum(1),
+            "fpgm": lambda filters: torch.cdist(filters, filters).sum(1),
+            "random": lambda filters: torch.rand(len(filters), generator=generator)}
+        values = {name: by_weight[criterion](conv.weight.detach().flatten(1)) for name, (conv, _) in found.items()}
+    for name, value in values.items():
+        _check_finite(name, f"scores by {criterion}", value)  # a sort would take NaN for the most important
+    return values
 
 
 def _taylor(net: nn.Module, found: Mapping[str, tuple], sample: Batches) -> dict[str, Tensor]:
-    total: dict[str, Tensor | float] = dict.fromkeys(found, 0.0)
+    total: dict[str, Tensor] = {}
     with torch.enable_grad(), evaluation_mode(net):
         for images, labels in sample:
             maps: dict[str, Tensor] = {}
             with _watching(net, found, maps.__setitem__):
                 logits = net(images.to(_device(net)).requires_grad_())
             loss = F.cross_entropy(logits, labels.to(logits.device), reduction="sum")
-            for name, gradient in zip(maps, torch.autograd.grad(loss, list(maps.values())), strict=True):
+            # What does not reach the outputs has gradient and score 0.
+            gradients = torch.autograd.grad(loss, list(maps.values()), materialize_grads=True) if maps else ()
+            for name, gradient in zip(maps, gradients, strict=True):
                 change = (maps[name].detach() * gradient).sum((2, 3))
-                total[name] = total[name] + change.double().square().sum(0)
+                total[name] = total.get(name, 0) + change.double().square().sum(0)
     return {name: value / len(sample.labels) for name, value in total.items()}
 
 
 @torch.no_grad()
 def _rank(net: nn.Module, found: Mapping[str, tuple], sample: Batches) -> dict[str, Tensor]:
-    total: dict[str, Tensor | float] = dict.fromkeys(found, 0.0)
+    total: dict[str, Tensor] = {}
 
     def take(name: str, maps: Tensor) -> None:
-        total[name] = total[name] + torch.linalg.matrix_rank(F.relu(maps)).double().sum(0)
+        _check_finite(name, "activations", maps)
+        total[name] = total.get(name, 0) + torch.linalg.matrix_rank(F.relu(maps)).double().sum(0)
 
     with evaluation_mode(net), _watching(net, found, take):
         for images, _ in sample:
@@ -464,13 +480,14 @@ def _rank(net: nn.Module, found: Mapping[str, tuple], sample: Batches) -> dict[s
     return {name: value / len(sample.labels) for name, value in total.items()}
 
 
-def _group_norm(net: nn.Module, shape: Sequence[int], layers: Sequence[str]) -> dict[str, Tensor]:
+def _group_norm(net: nn.Module, shape: Sequence[int], layers: Sequence[str] | None) -> dict[str, Tensor]:
     import torch_pruning
 
     net = copy.deepcopy(net).cpu()
-    graph, modules = _graph(net, shape), dict(net.named_modules())
+    graph = _graph(net, shape)
     importance = torch_pruning.importance.GroupMagnitudeImportance(p=2)
-    return {name: importance(_group(graph, modules[name], range(modules[name].out_channels))).detach() for name in layers}
+    return {name: importance(_group(graph, net, name, range(conv.out_channels))).detach()
+            for name, (conv, _) in _named(net, layers).items() if layers is not None or conv in graph.module2node}
 
 
 # Removal.
@@ -479,15 +496,16 @@ def _group_norm(net: nn.Module, shape: Sequence[int], layers: Sequence[str]) -> 
 def removable(net: nn.Module, shape: Sequence[int]) -> list[str]:
     """Names of the convolutions whose channels no other layer shares, for images of `shape` (C, H, W).
 
-    In a ResNet these are the first convolutions of its units: what is added to the state must fit it.
+    In a ResNet these are the first convolutions of its units: what is added to the state must fit it. Convolutions that do
+    not run, such as those of a unit that is switched off, are not among them.
     """
     net = copy.deepcopy(net).cpu()
     graph, names = _graph(net, shape), []
     for name, (conv, _) in _named(net).items():
-        if conv.groups == 1:
-            writers = [dep for dep, _ in _group(graph, conv, [0])
+        if conv.groups == 1 and conv in graph.module2node:
+            writers = [dep for dep, _ in _group(graph, net, name, [0])
                        if isinstance(dep.target.module, (nn.Conv2d, nn.Linear)) and _writes(graph, dep)]
-            if len(writers) == 1 and _readers(graph, net, conv, [0]):
+            if len(writers) == 1 and _readers(graph, net, name, [0]):
                 names.append(name)
     return names
 
@@ -521,10 +539,10 @@ def remove(net: nn.Module, shape: Sequence[int], channels: Mapping[str, Iterable
     flags = [parameter.requires_grad for parameter in smaller.parameters()]
     smaller.cpu().requires_grad_()
     masks = reader_masks(net, shape, chosen)
-    graph, modules = _graph(smaller, shape), dict(smaller.named_modules())
+    graph = _graph(smaller, shape)
     for name, positions in chosen.items():
         if positions:
-            _group(graph, modules[name], positions).prune()
+            _group(graph, smaller, name, positions).prune()
     for parameter, flag in zip(smaller.parameters(), flags, strict=True):
         parameter.requires_grad_(flag)
         parameter.grad = None
@@ -539,7 +557,7 @@ def plan(net: nn.Module, shape: Sequence[int], channels: Mapping[str, Iterable[i
     graph, modules = _graph(copied, shape), dict(copied.named_modules())
     return pd.DataFrame([
         {"layer": name, "before": modules[name].out_channels, "after": modules[name].out_channels - len(positions),
-         "read by": ", ".join(_readers(graph, copied, modules[name], positions or [0]))}
+         "read by": ", ".join(_readers(graph, copied, name, positions or [0]))}
         for name, positions in chosen.items()])
 
 
@@ -573,11 +591,11 @@ def _checked(net: nn.Module, channels: Mapping[str, Iterable[int]]) -> dict[str,
 def reader_masks(net: nn.Module, shape: Sequence[int], chosen: Mapping[str, list[int]]) -> dict[str, set[int]]:
     """For every layer that reads a removed channel, the positions among its inputs."""
     net = copy.deepcopy(net).cpu()
-    graph, modules = _graph(net, shape), dict(net.named_modules())
+    graph = _graph(net, shape)
     masks: dict[str, set[int]] = {}
     for name, positions in chosen.items():
         if positions:
-            for reader, inputs in _readers(graph, net, modules[name], positions).items():
+            for reader, inputs in _readers(graph, net, name, positions).items():
                 masks.setdefault(reader, set()).update(inputs)
     return masks
 
@@ -610,11 +628,12 @@ def _graph(net: nn.Module, shape: Sequence[int]):
                          f"({error})") from error
 
 
-def _group(graph, conv: nn.Conv2d, positions: Iterable[int]):
+def _group(graph, net: nn.Module, name: str, positions: Iterable[int]):
     import torch_pruning
 
+    conv = net.get_submodule(name)
     if conv not in graph.module2node:
-        raise ValueError("torch-pruning did not find one of the layers in its trace: it has to run in a forward pass")
+        raise ValueError(f"torch-pruning did not find layer {name} in its trace: what it gives has to reach the outputs")
     return graph.get_pruning_group(conv, torch_pruning.prune_conv_out_channels, idxs=list(positions))
 
 
@@ -622,10 +641,10 @@ def _writes(graph, dep) -> bool:
     return graph.is_out_channel_pruning_fn(dep.handler)
 
 
-def _readers(graph, net: nn.Module, conv: nn.Conv2d, positions: Iterable[int]) -> dict[str, list[int]]:
-    names = {module: name for name, module in net.named_modules()}
+def _readers(graph, net: nn.Module, name: str, positions: Iterable[int]) -> dict[str, list[int]]:
+    names = {module: one for one, module in net.named_modules()}
     readers: dict[str, list[int]] = {}
-    for dep, inputs in _group(graph, conv, positions):
+    for dep, inputs in _group(graph, net, name, positions):
         module = dep.target.module
         if isinstance(module, (nn.Conv2d, nn.Linear)) and not _writes(graph, dep):
             readers.setdefault(names[module], []).extend(int(one) for one in inputs)
@@ -641,10 +660,12 @@ def _named(net: nn.Module, layers: Sequence[str] | None = None) -> dict[str, tup
     following = [module for _, module in modules[1:]] + [nn.Identity()]
     found = {name: (conv, after if isinstance(after, nn.BatchNorm2d) and after.num_features == conv.out_channels else conv)
              for (name, conv), after in zip(modules, following, strict=True) if isinstance(conv, nn.Conv2d)}
+    if not found:
+        raise ValueError(f"{type(net).__name__} has no nn.Conv2d: channels are those of convolutions")
     if layers is None:
         return found
     if unknown := [name for name in layers if name not in found]:
-        raise ValueError(f"the network has no convolution named {', '.join(unknown)}: it has {', '.join(found) or 'none'}")
+        raise ValueError(f"the network has no convolution named {', '.join(unknown)}: it has {', '.join(found)}")
     return {name: found[name] for name in layers}
 
 
@@ -671,6 +692,17 @@ def _sample(data: ImageData, images: int, batch_size: int, split: str = "train")
 
 def _device(net: nn.Module) -> torch.device:
     return next(net.parameters()).device
+
+
+def _check_ran(layers: Sequence[str] | None, ran: Iterable[str]) -> None:
+    """Layers that were asked for have to run; where none are named, those that do not are left out."""
+    if missing := [name for name in layers or () if name not in ran]:
+        raise ValueError(f"layer {', '.join(missing)} does not run in a forward pass: leave it out")
+
+
+def _check_finite(layer: str, what: str, values: Tensor) -> None:
+    if not torch.isfinite(values.detach().sum()):
+        raise ValueError(f"layer {layer}: {what} are not finite; look for NaN or infinite weights or images")
 
 
 def _check_choice(name: str, value: str, choices: Sequence[str]) -> None:

@@ -79,7 +79,7 @@ def fisher_divergence_gaussian(mean_p: Tensor, cov_p: Tensor, mean_q: Tensor, co
     mean_p, mean_q : tensors (D,)
     cov_p, cov_q : tensors (D, D), positive definite
     """
-    inverse_p, inverse_q = (torch.cholesky_inverse(torch.linalg.cholesky(cov)) for cov in (cov_p, cov_q))
+    inverse_p, inverse_q = (torch.cholesky_inverse(_cholesky(cov)) for cov in (cov_p, cov_q))
     a = inverse_p - inverse_q
     return 0.5 * (torch.trace(cov_p @ a @ a) + (inverse_q @ (mean_p - mean_q)).square().sum())
 
@@ -181,7 +181,7 @@ def kl_gaussian_full(mean_p: Tensor, cov_p: Tensor, mean_q: Tensor, cov_q: Tenso
     mean_p, mean_q : tensors (D,)
     cov_p, cov_q : tensors (D, D), positive definite
     """
-    lower_p, lower_q = torch.linalg.cholesky(cov_p), torch.linalg.cholesky(cov_q)
+    lower_p, lower_q = _cholesky(cov_p), _cholesky(cov_q)
     whitened = torch.linalg.solve_triangular(lower_q, torch.cat([lower_p, (mean_p - mean_q)[:, None]], 1), upper=False)
     logdet = 2 * (lower_q.diagonal().log() - lower_p.diagonal().log()).sum()
     return 0.5 * (whitened.square().sum() - len(mean_p) + logdet)
@@ -195,7 +195,8 @@ def js_gaussian_full(mean_p: Tensor, cov_p: Tensor, mean_q: Tensor, cov_q: Tenso
     the mean of ``log 2 - softplus(log q - log p)`` over samples of p, and the same with p and q exchanged. Unbiased, with a
     standard error below ``log 2 / sqrt(samples)``. Diagonal covariances go in as ``torch.diag(var)``.
     """
-    p, q = (torch.distributions.MultivariateNormal(mean, cov) for mean, cov in ((mean_p, cov_p), (mean_q, cov_q)))
+    p, q = (torch.distributions.MultivariateNormal(mean, scale_tril=_cholesky(cov))
+            for mean, cov in ((mean_p, cov_p), (mean_q, cov_q)))
     generator = torch.Generator().manual_seed(seed)
     total = torch.zeros_like(mean_p[0])
     for one, other in ((p, q), (q, p)):
@@ -263,9 +264,9 @@ def kl_nearest_neighbours(x: Tensor, y: Tensor, k: int = 5) -> Tensor:
 
 
 def _probabilities(counts: Tensor, smoothing: float) -> Tensor:
-    if counts.ndim != 2 or not smoothing > 0 or (counts < 0).any():
-        raise ValueError(f"counts of shape {tuple(counts.shape)} with smoothing {smoothing}: give counts (C, B), none of them "
-                         "negative, and a positive smoothing")
+    if counts.ndim != 2 or not smoothing > 0 or not ((counts >= 0) & (counts < math.inf)).all():
+        raise ValueError(f"counts of shape {tuple(counts.shape)} with smoothing {smoothing}: give counts (C, B), all of them "
+                         "finite and none negative, and a positive smoothing")
     counts = counts.double() + smoothing
     return counts / counts.sum(1, keepdim=True)
 
@@ -311,8 +312,10 @@ def kde_mutual_information(x: Tensor, labels: Tensor, bandwidth: float | None = 
     _check_rows(x)
     if bandwidth is None:
         bandwidth = len(x) ** (-1 / (x.shape[1] + 4)) * float(x.var(0, correction=0).mean().sqrt())
+        if bandwidth == 0:  # constant features tell nothing
+            return x.new_zeros(())
     if not bandwidth > 0:
-        return x.new_zeros(())
+        raise ValueError(f"bandwidth={bandwidth}: a kernel needs a positive standard deviation")
     logs = -0.5 * torch.cdist(x, x).square() / bandwidth**2
     logs.fill_diagonal_(-math.inf)
     member = F.one_hot(labels, int(labels.max()) + 1).to(x.dtype)
@@ -328,6 +331,13 @@ def kde_mutual_information(x: Tensor, labels: Tensor, bandwidth: float | None = 
 
 def _centred(distances: Tensor) -> Tensor:
     return distances - distances.mean(0) - distances.mean(1, keepdim=True) + distances.mean()
+
+
+def _cholesky(cov: Tensor) -> Tensor:
+    lower, failed = torch.linalg.cholesky_ex(cov)
+    if failed or not torch.isfinite(lower).all():
+        raise ValueError("a covariance is not positive definite (or not a number): see shrunk_covariance")
+    return lower
 
 
 def _check_positive(*variances: Tensor) -> None:

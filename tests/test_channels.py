@@ -167,21 +167,64 @@ def test_nothing_of_the_callers_network_changes(net, data):
     assert torch.equal(random, torch.get_rng_state())
 
 
-def test_bad_input_is_named(net, data):
-    with pytest.raises(ValueError, match="no convolution named nowhere: it has 0, 4"):
-        channels.activations(net, data, ["nowhere"])
-    with pytest.raises(ValueError, match="statistics need two or more"):
-        channels.activations(net, data, images=1)
-    with pytest.raises(ValueError, match="use one of kl"):
-        channels.relations(net, data, "chi2")
-    with pytest.raises(ValueError, match="below 1"):
-        channels.choose(net, data, share=1.0)
-    with pytest.raises(ValueError, match="call activations"):
-        channels.activations(net, data, images=20).relation("0", "cka")
+@pytest.mark.parametrize(("call", "message"), [
+    (lambda net, data: channels.activations(net, data, ["nowhere"]), "no convolution named nowhere: it has 0, 4"),
+    (lambda net, data: channels.activations(net, data, images=1), "statistics need two or more"),
+    (lambda net, data: channels.activations(net, data, grams=True, batch_size=1), "batch_size=1"),
+    (lambda net, data: channels.activations(nets.mlp(), data), "has no nn.Conv2d"),
+    (lambda net, data: channels.relations(net, data, "chi2"), "use one of kl"),
+    (lambda net, data: channels.activations(net, data, images=20).relation("0", "cka"), "call activations"),
+    (lambda net, data: channels.activations(net, data, images=20).relation("zz"), "unknown layer 'zz': use one of 0, 4"),
+    (lambda net, data: channels.activations(net, data, images=20).between("0", "zz"), "unknown layer 'zz'"),
+    (lambda net, data: channels.contribution(net, data, portions=-1), "portions=-1"),
+    (lambda net, data: channels.contribution(nets.mlp(), data), "has no nn.Conv2d"),
+    (lambda net, data: channels.scores(net, data, "foo"), "use one of l1, fpgm, taylor, rank, group, random"),
+    (lambda net, data: channels.choose(net, data, share=1.0), "below 1"),
+])
+def test_bad_input_is_named(net, data, call, message):
+    with pytest.raises(ValueError, match=message):
+        call(net, data)
+
+
+@pytest.mark.parametrize("criterion", [one for one in channels.CRITERIA if one != "random"])
+def test_weights_that_are_not_numbers_are_named_by_every_criterion(net, data, criterion):
     net[4].weight.data[0, 0, 0, 0] = float("nan")
+    with pytest.raises(ValueError, match=r"layer 4: .* not finite"):
+        channels.choose(net, data, criterion, layers=["4"], images=20)
+    assert not net[1]._forward_hooks
+
+
+def test_minus_infinity_is_not_taken_for_a_dead_channel(net, data):
+    net[5].bias.data[3] = -float("inf")
     with pytest.raises(ValueError, match="layer 4: activations are not finite"):
         channels.activations(net, data, images=20)
-    assert not net[1]._forward_hooks
+
+
+class WithUnusedHead(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.net, self.unused = with_statistics(nets.small_cnn(10, SHAPE, 8)), nn.Conv2d(8, 8, 3)
+
+    def forward(self, x):
+        return self.net(x)
+
+
+@pytest.mark.parametrize("criterion", channels.CRITERIA)
+def test_convolutions_that_do_not_run_are_left_out(data, criterion):
+    net = WithUnusedHead()
+    assert channels.removable(net, SHAPE) == ["net.0", "net.4"]
+    assert list(channels.choose(net, data, criterion, images=20)) == ["net.0", "net.4"]
+
+
+@pytest.mark.parametrize("call", [
+    lambda net, data: channels.relations(net, data, layers=["unused"], images=20),
+    lambda net, data: channels.scores(net, data, "taylor", ["unused"], images=20),
+    lambda net, data: channels.scores(net, data, "rank", ["unused"], images=20),
+    lambda net, data: channels.scores(net, data, "group", ["unused"]),
+    lambda net, data: channels.remove(net, SHAPE, {"unused": [0]})])
+def test_a_layer_that_was_asked_for_and_does_not_run_is_named(data, call):
+    with pytest.raises(ValueError, match="layer unused"):
+        call(WithUnusedHead(), data)
 
 
 # Contribution.

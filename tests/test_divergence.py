@@ -177,18 +177,25 @@ def test_shrunk_covariance_is_positive_definite_with_fewer_rows_than_features():
     torch.linalg.cholesky(dv.shrunk_covariance(x))
 
 
-def test_wrong_input_is_named():
-    one, zero = torch.ones(2), torch.zeros(2)
-    with pytest.raises(ValueError, match="not positive"):
-        dv.fisher_divergence(one, zero, one, one)
-    with pytest.raises(ValueError, match="not positive"):
-        dv.fisher_divergence_pairs(torch.ones(2, 2), torch.full((2, 2), torch.nan))
-    with pytest.raises(ValueError, match="not finite"):
-        dv.energy_distance(torch.full((3, 2), torch.nan), torch.ones(3, 2))
-    with pytest.raises(ValueError, match="two rows or more"):
-        dv.linear_cka(torch.ones(1, 2), torch.ones(1, 2))
-    with pytest.raises(ValueError, match="single row"):
-        dv.kde_mutual_information(torch.randn(3, 2, generator=torch.Generator().manual_seed(0)), torch.tensor([0, 0, 1]))
+ONE, ZERO, EYE, NAN = torch.ones(2), torch.zeros(2), torch.eye(2), torch.full((3, 2), torch.nan)
+
+
+@pytest.mark.parametrize(("call", "message"), [
+    (lambda: dv.fisher_divergence(ONE, ZERO, ONE, ONE), "not positive"),
+    (lambda: dv.fisher_divergence_pairs(torch.ones(3, 2), NAN), "not positive"),
+    (lambda: dv.fisher_divergence_gaussian(ZERO, -EYE, ZERO, EYE), "not positive definite"),
+    (lambda: dv.kl_gaussian_full(ZERO, EYE, ZERO, torch.full((2, 2), torch.nan)), "not positive definite"),
+    (lambda: dv.js_gaussian_full(ZERO, EYE, ZERO, torch.ones(2, 2)), "not positive definite"),
+    (lambda: dv.kl_histogram_pairs(NAN), "finite"),
+    (lambda: dv.js_histogram_pairs(-torch.ones(2, 3)), "none negative"),
+    (lambda: dv.energy_distance(NAN, torch.ones(3, 2)), "not finite"),
+    (lambda: dv.linear_cka(torch.ones(1, 2), torch.ones(1, 2)), "two rows or more"),
+    (lambda: dv.kde_mutual_information(torch.eye(3, 2), torch.tensor([0, 0, 1])), "single row"),
+    (lambda: dv.kde_mutual_information(torch.eye(4, 2), torch.tensor([0, 0, 1, 1]), bandwidth=-1), "bandwidth=-1"),
+])
+def test_wrong_input_is_named(call, message):
+    with pytest.raises(ValueError, match=message):
+        call()
 
 
 # Kullback-Leibler and Jensen-Shannon.
