@@ -118,8 +118,9 @@ def changed(net: nn.Module, kind: str, amount: float, generator: torch.Generator
 def _check(kind: str, amount: float) -> None:
     if kind not in KINDS:
         raise ValueError(f"unknown kind of change {kind!r}: use one of {', '.join(KINDS)}")
-    if not amount >= 0 or (kind in SHARES and amount > 1) or (kind == "quantization" and amount < 1):
-        valid = "a share from 0 to 1" if kind in SHARES else "at least 1 bit" if kind == "quantization" else "at least 0"
+    whole = kind != "quantization" or (amount >= 1 and amount % 1 == 0)
+    if not amount >= 0 or (kind in SHARES and amount > 1) or not whole:
+        valid = "a share from 0 to 1" if kind in SHARES else "a whole number of bits" if not whole else "at least 0"
         raise ValueError(f"amount={amount} makes no sense for {kind}: use {valid}")
 
 
@@ -163,11 +164,12 @@ def curve(net: nn.Module, data: ImageData, kind: str, amounts: Sequence[float], 
     Columns kind, amount, accuracy (mean over draws), deviation (standard deviation over draws), low and high (the 95 %
     interval of the mean over draws, normal approximation; the images are held fixed), repeats.
     """
-    if repeats < 1:
-        raise ValueError(f"repeats={repeats}: use at least 1")
-    rows = []
+    if repeats < 1 or not len(amounts):
+        raise ValueError(f"repeats={repeats}, amounts={list(amounts)}: use at least 1 draw and 1 amount")
     for amount in amounts:
         _check(kind, amount)
+    rows = []
+    for amount in amounts:
         generator = torch.Generator(data.device).manual_seed(seed)
         draws = [changed(net, kind, amount, generator, biases) for _ in range(repeats)]
         values = np.array(accuracies(net, data, draws, split, reestimate, batch_size))
@@ -229,46 +231,85 @@ def reestimated(net: nn.Module, data: ImageData, weights: Weights, batches: int 
     return buffers
 
 
-def _loss(net: nn.Module, weights: Weights, images: Tensor, labels: Tensor, goal: Callable = F.cross_entropy) -> Tensor:
+def expected_error(logits: Tensor, labels: Tensor) -> Tensor:
+    """Mean of 1 - p(y | x): unlike the loss, it cannot be raised for ever on images that are wrong already."""
+    return 1 - logits.softmax(1).gather(1, labels[:, None]).mean()
+
+
+def clipped_margin(logits: Tensor, labels: Tensor) -> Tensor:
+    """Mean of min(1, largest other logit - own logit): an image that is clearly wrong no longer counts.
+
+    Images that are surely right keep their slope, where those of the loss and of `expected_error` vanish: the search does
+    not get stuck once one class is lost.
+    """
+    own = F.one_hot(labels, logits.shape[1]).bool()
+    return (logits.masked_fill(own, -torch.inf).amax(1) - logits[own]).clamp(max=1).mean()
+
+
+# What an attacker may raise. No goal is the strongest everywhere: a claim of robustness needs the worst of them.
+GOALS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "loss": F.cross_entropy, "expected error": expected_error, "clipped margin": clipped_margin}
+
+
+def _value(net: nn.Module, weights: Weights, images: Tensor, labels: Tensor, goal: Callable = F.cross_entropy) -> Tensor:
     return goal(functional_call(net, weights, (images,)), labels)
 
 
-def expected_error(logits: Tensor, labels: Tensor) -> Tensor:
-    """Mean of 1 - p(y | x): an attacker's goal that cannot be raised for ever on the same few images, as the loss can."""
-    return 1 - logits.softmax(1).gather(1, labels[:, None]).mean()
+def _slopes(net: nn.Module, weights: Weights, images: Tensor, labels: Tensor, goal: Callable) -> list[Tensor]:
+    """Gradients of the goal by tensor, zero for one that the outputs do not depend on."""
+    leaves = [w.detach().requires_grad_() for w in weights.values()]
+    with torch.enable_grad():
+        value = _value(net, dict(zip(weights, leaves, strict=True)), images, labels, goal)
+        if not value.isfinite():
+            raise ValueError(f"the attacker's goal is {value.item()} on these images and cannot be raised: use a network "
+                             "with finite weights and images without nan")
+        return list(torch.autograd.grad(value, leaves, allow_unused=True, materialize_grads=True))
 
 
 def flip_bits(net: nn.Module, images: Tensor, labels: Tensor, flips: int, biases: bool = False,
               goal: Callable[[Tensor, Tensor], Tensor] = F.cross_entropy) -> list[tuple[str, int, int, Weights]]:
     """The progressive bit-flip attack on 8-bit weights [Rakin et al. 2019], one flip after the other.
 
-    Each round takes the gradient of the loss on the given images, ranks in every tensor the flips by their first-order
-    gain, gradient x change of the weight, tries the best one of each tensor, and keeps the one of highest loss.
+    Each round takes the gradient of the goal on the given images, ranks in every tensor the flips by their first-order
+    gain, gradient x change of the weight, tries the best one of each tensor, and keeps the one that raises the goal most.
 
     Parameters
     ----------
     images, labels : the attacker's batch
-    flips : rounds
-    goal : function of logits and labels that the attack raises: the loss, as published, or `expected_error`
+    flips : rounds, from 0
+    biases : whether tensors of one dimension are in 8 bits and under attack too; unlike elsewhere in this module not by
+        default, since fixed-point hardware keeps biases in the 32 bits of its accumulators, as the published attack does
+    goal : function of logits and labels that the attack raises: the loss, as published, or another of `GOALS`. One goal can
+        get stuck where another does not, so run several and take the worst
 
     Returns
     -------
-    A list with one entry a flip: name of the tensor, flat index, bit (7 is the sign), and the weights after it.
+    A list with one entry a flip: name of the tensor, flat index, bit (7 is the sign), and the weights after it; shorter than
+    `flips` only if all bits have been flipped.
+
+    Raises
+    ------
+    ValueError
+        a negative number of flips, or a goal that is not finite
     """
+    if flips < 0:
+        raise ValueError(f"flips={flips}: use at least 0")
     with evaluation_mode(net):
+        start = trained(net, biases)
         codes, steps = {}, {}
-        for name, w in trained(net, biases).items():
+        for name, w in start.items():
             codes[name], steps[name] = to_int8(w)
+        weights = {name: codes[name].to(w.dtype) * steps[name] for name, w in start.items()}
         history, done = [], set()
         for _ in range(flips):
-            weights = {name: codes[name].float() * steps[name] for name in codes}
             best = _best_flip(net, weights, codes, steps, images, labels, goal, done)
             if best is None:
                 break
             name, index, bit = best
             done.add(best)
             codes[name] = _with_flip(codes[name], index, bit)
-            history.append((name, index, bit, weights | {name: codes[name].float() * steps[name]}))
+            weights = weights | {name: codes[name].to(start[name].dtype) * steps[name]}
+            history.append((name, index, bit, weights))
     return history
 
 
@@ -280,31 +321,29 @@ def _with_flip(code: Tensor, index: int, bit: int) -> Tensor:
 
 def _best_flip(net: nn.Module, weights: Weights, codes: Weights, steps: Weights, images: Tensor, labels: Tensor,
                goal: Callable, done: set) -> tuple[str, int, int] | None:
-    leaves = {name: w.requires_grad_() for name, w in weights.items()}
-    with torch.enable_grad():
-        gradients = torch.autograd.grad(_loss(net, leaves, images, labels, goal), list(leaves.values()))
+    gradients = _slopes(net, weights, images, labels, goal)
     best, highest = None, -float("inf")
     with torch.no_grad():
         for (name, code), gradient in zip(codes.items(), gradients, strict=True):
-            bits = torch.arange(8, device=code.device)
-            sign = 1 - 2 * ((code.flatten().long() & 255)[:, None] >> bits & 1)
-            change = sign * torch.where(bits == 7, -(1 << bits), 1 << bits)
-            gain = gradient.flatten()[:, None] * change * steps[name]
+            bits = torch.arange(8, device=code.device, dtype=torch.int8)
+            ones = code.flatten()[:, None] >> bits & 1
+            size = 2.0 ** bits * torch.where(bits == 7, -1, 1)  # the sign bit counts -128
+            gain = (gradient * steps[name]).flatten()[:, None] * ((1 - 2 * ones) * size.to(gradient.dtype))
             for old, index, bit in done:
                 if old == name:
                     gain[index, bit] = -float("inf")  # flipping back would end the search in a circle
             index, bit = divmod(int(gain.argmax()), 8)
             if not torch.isfinite(gain[index, bit]):
                 continue
-            tried = weights | {name: _with_flip(code, index, bit).float() * steps[name]}
-            if (loss := _loss(net, tried, images, labels, goal).item()) > highest:
-                best, highest = (name, index, bit), loss
+            tried = weights | {name: _with_flip(code, index, bit).to(gradient.dtype) * steps[name]}
+            if (value := _value(net, tried, images, labels, goal).item()) > highest:
+                best, highest = (name, index, bit), value
     return best
 
 
 def adversary(net: nn.Module, images: Tensor, labels: Tensor, radius: float, norm: str = "l2", steps: int = 20,
-              biases: bool = True) -> Weights:
-    """Weights that raise the loss, found by projected gradient ascent within a budget around those of `net`.
+              biases: bool = True, goal: Callable[[Tensor, Tensor], Tensor] = F.cross_entropy) -> Weights:
+    """Weights that raise the goal, found by projected gradient ascent within a budget around those of `net`.
 
     Parameters
     ----------
@@ -312,18 +351,26 @@ def adversary(net: nn.Module, images: Tensor, labels: Tensor, radius: float, nor
     radius : budget, relative to the weights: for "l2" the length of the change over that of all weights together, for
         "linf" the change of each weight over its tensor's range
     steps : of size 2.5 radius / steps, along the gradient ("l2") or its sign ("linf")
+    biases : whether tensors of one dimension change too
+    goal : function of logits and labels that the attack raises, one of `GOALS`; run several and take the worst
+
+    Raises
+    ------
+    ValueError
+        an unknown norm, a negative radius, fewer than one step, or a goal that is not finite
     """
     if norm not in ("l2", "linf"):
         raise ValueError(f"unknown norm {norm!r}: use l2 or linf")
+    if not radius >= 0 or steps < 1:
+        raise ValueError(f"radius={radius}, steps={steps}: use a radius of at least 0 and at least 1 step")
     start = trained(net, biases)
     length = torch.stack([w.square().sum() for w in start.values()]).sum().sqrt()
     limits = {name: radius * (length if norm == "l2" else _range(w)) for name, w in start.items()}
     change = {name: torch.zeros_like(w) for name, w in start.items()}
     with evaluation_mode(net):
         for _ in range(steps):
-            moved = {name: (start[name] + d).requires_grad_() for name, d in change.items()}
-            with torch.enable_grad():
-                gradients = torch.autograd.grad(_loss(net, moved, images, labels), list(moved.values()))
+            moved = {name: start[name] + d for name, d in change.items()}
+            gradients = _slopes(net, moved, images, labels, goal)
             change = _ascend(change, gradients, limits, norm, 2.5 / steps)
     return {name: start[name] + d for name, d in change.items()}
 
@@ -346,7 +393,7 @@ class Certificate:
     ----------
     predictions : class of each image, -1 where the procedure abstains; shape (N,)
     radii : certified length of a change of all weights, in units of each tensor's `scale`; 0 where it abstains
-    scales : unit of length of each tensor
+    scales : unit of length of each tensor; 0 for one of a single value, see `uncovered`
     sigma : deviation of the smoothing noise in the same units
     alpha : each certificate fails with at most this probability over the draws of the noise
     """
@@ -356,6 +403,11 @@ class Certificate:
     scales: Weights
     sigma: float
     alpha: float
+
+    @property
+    def uncovered(self) -> tuple[str, ...]:
+        """Tensors of range 0: they get no noise, so the certificate promises nothing about a change of them."""
+        return tuple(name for name, scale in self.scales.items() if not scale > 0)
 
     @property
     def abstained(self) -> int:
@@ -376,7 +428,9 @@ def certify(net: nn.Module, images: Tensor, sigma: float, samples: int = 1000, a
     The smoothed network predicts the most frequent class under weights w + sigma scale n, n standard normal. p_A is the
     Clopper-Pearson lower bound, at confidence 1 - alpha, on the probability of that class; below 1/2 the procedure abstains.
     The class is chosen from a tenth of the samples and the bound from the others, which are independent of them.
-    The same draws serve all images: each certificate holds at 1 - alpha by itself, not all of them together.
+    The same draws serve all images: each certificate holds at 1 - alpha by itself, not all of them together. It covers the
+    tensors that get noise. In units of ranges a tensor whose values are all equal (fresh scales of BatchNorm, biases of 0)
+    gets none: `Certificate.uncovered` names those; use scale="absolute" or biases=False where there are any.
 
     Parameters
     ----------
@@ -385,10 +439,12 @@ def certify(net: nn.Module, images: Tensor, sigma: float, samples: int = 1000, a
     samples : draws of the weights
     alpha : failure probability of each certificate
     scale : "range" measures every tensor's change in units of its range, "absolute" as it is
+    biases : whether tensors of one dimension get noise and are covered too
+    chunk : draws at a time
     """
-    if not sigma > 0 or not 0 < alpha < 1 or samples < 20:
-        raise ValueError(f"sigma={sigma}, alpha={alpha}, samples={samples}: use sigma above 0, alpha between 0 and 1 and at "
-                         "least 20 samples")
+    if not sigma > 0 or not 0 < alpha < 1 or samples < 20 or chunk < 1:
+        raise ValueError(f"sigma={sigma}, alpha={alpha}, samples={samples}, chunk={chunk}: use sigma above 0, alpha between "
+                         "0 and 1, at least 20 samples and a chunk of at least 1")
     if scale not in ("range", "absolute"):
         raise ValueError(f"unknown scale {scale!r}: use range or absolute")
     weights = trained(net, biases)
@@ -441,10 +497,14 @@ def attack_certified(net: nn.Module, images: Tensor, certificate: Certificate, f
     Returns
     -------
     One row a certified image: image (its index), radius (certified), length (of the attack), certified (class), attacked
-    (class of most votes after the attack), votes (share of the certified class after it), violated (certificate refuted).
+    (class of most votes after the attack, -1 where no output was a number), votes (share of the certified class after it),
+    violated (a minority beyond chance: up to fraction 1 the certificate is refuted, beyond it has promised nothing).
     """
     from scipy.stats import binom
 
+    if not fraction >= 0 or min(steps, draws, samples, chunk) < 1:
+        raise ValueError(f"fraction={fraction}, steps={steps}, draws={draws}, samples={samples}, chunk={chunk}: use a fraction "
+                         "of at least 0 and at least 1 of the others")
     start = {name: w for name, w in trained(net).items() if name in certificate.scales}
     rows = []
     with evaluation_mode(net):
@@ -454,13 +514,15 @@ def attack_certified(net: nn.Module, images: Tensor, certificate: Certificate, f
                              steps, draws, generator)
             votes = _votes_each(net, start, change, images[part], certificate, samples, generator)
             unsure = (2 * votes.gather(1, labels[:, None])[:, 0] <= samples).nonzero()[:, 0]
+            total = torch.full_like(labels, samples).index_fill(0, unsure, 10 * samples)
             if len(unsure):
                 some = {name: d[unsure] for name, d in change.items()}
                 votes[unsure] = _votes_each(net, start, some, images[part[unsure]], certificate, 10 * samples, generator)
-            own, total = votes.gather(1, labels[:, None])[:, 0], votes.sum(1)
+            own = votes.gather(1, labels[:, None])[:, 0]
+            most = torch.where(votes.amax(1) > 0, votes.argmax(1), -1)
             rows.append(pd.DataFrame({
                 "image": part.tolist(), "radius": certificate.radii[part].tolist(), "length": _lengths(change).tolist(),
-                "certified": labels.tolist(), "attacked": votes.argmax(1).tolist(), "votes": (own / total).tolist(),
+                "certified": labels.tolist(), "attacked": most.tolist(), "votes": (own / total).tolist(),
                 "violated": binom.cdf(own.cpu().numpy(), total.cpu().numpy(), 0.5) < certificate.alpha}))
     return pd.concat(rows, ignore_index=True) if rows else pd.DataFrame(
         columns=["image", "radius", "length", "certified", "attacked", "votes", "violated"])
@@ -491,14 +553,14 @@ def _attack(net: nn.Module, start: Weights, images: Tensor, labels: Tensor, cert
 @torch.no_grad()
 def _votes_each(net: nn.Module, start: Weights, change: Weights, images: Tensor, certificate: Certificate, samples: int,
                 generator: torch.Generator | None) -> Tensor:
-    """Votes (N, classes) under noise, each image at weights of its own."""
+    """Votes (N, classes) under noise, each image at weights of its own; an output that is not a number has no vote."""
     centres = {name: w + certificate.scales[name] * change[name] for name, w in start.items()}
     predict = vmap(lambda weights, image: functional_call(net, weights, (image[None],))[0])
     counts: Tensor | int = 0
     for _ in range(samples):
         noise = {name: certificate.sigma * certificate.scales[name] * _normal(w, generator) for name, w in start.items()}
         logits = predict({name: centres[name] + noise[name] for name in start}, images)
-        counts = counts + F.one_hot(logits.argmax(1), logits.shape[1])
+        counts = counts + F.one_hot(logits.argmax(1), logits.shape[1]) * logits.isfinite().all(1, keepdim=True)
     return counts
 
 

@@ -184,14 +184,14 @@ def test_the_first_flip_is_the_best_of_the_candidates_of_each_tensor(net, data):
                ((key, tampering.to_int8(w)) for key, w in tampering.trained(net, biases=False).items())}
     for key, w in rounded.items():
         leaf = w.clone().requires_grad_()
-        gradient, = torch.autograd.grad(tampering._loss(net, rounded | {key: leaf}, images, labels), [leaf])
+        gradient, = torch.autograd.grad(tampering._value(net, rounded | {key: leaf}, images, labels), [leaf])
         code, step = tampering.to_int8(dict(net.named_parameters())[key].detach())
         best = max(((gradient.flatten()[i] * (flipped.flatten()[i].float() - code.flatten()[i].float()) * step).item(), i, b)
                    for b in range(8)
                    for flipped in [code ^ torch.tensor(1 << b).to(torch.int8)] for i in range(code.numel()))
         tried = code.flatten().clone()
         tried[best[1]] ^= torch.tensor(1 << best[2]).to(torch.int8)
-        loss = tampering._loss(net, rounded | {key: tried.view(code.shape).float() * step}, images, labels)
+        loss = tampering._value(net, rounded | {key: tried.view(code.shape).float() * step}, images, labels)
         losses.append((loss.item(), key, best[1], best[2]))
     assert max(losses)[1:] == (name, index, bit)
 
@@ -209,8 +209,8 @@ def test_the_adversary_stays_within_its_budget_and_beats_noise_of_the_same_size(
         assert all(d.abs().max() <= radius * (start[key].max() - start[key].min()) * 1.0001 for key, d in change.items())
     noise = {key: torch.randn(w.shape, generator=generator()) for key, w in start.items()}
     scale = length / sum(n.square().sum() for n in noise.values()).sqrt()
-    at_random = tampering._loss(net, {key: start[key] + scale * noise[key] for key in start}, images, labels)
-    assert tampering._loss(net, found, images, labels) > 2 * at_random
+    at_random = tampering._value(net, {key: start[key] + scale * noise[key] for key in start}, images, labels)
+    assert tampering._value(net, found, images, labels) > 2 * at_random
 
 
 @given(st.integers(1, 500), st.data())
