@@ -53,7 +53,23 @@ def number(text: str, name: str) -> float:
     raise LookupError(f"no number for {name} in {text!r}")
 
 
-FUNCTIONS = {"abs": abs, "len": len, "max": max, "min": min, "number": number}
+def each(rows: Sequence[Mapping[str, Any]], text: str) -> list[Any]:
+    """An expression over the columns of each row of a table."""
+    return [value(text, row) for row in rows]
+
+
+def gains(rows: Sequence[Mapping[str, Any]], one: str, other: str) -> list[float]:
+    """Mean accuracy of one score above that of another after fine-tuning, at each share removed (chapter 3's `scores`)."""
+    means = {(row["score"], row["removed"]): row["mean"] for row in rows if row["stage"] == "fine-tuned"}
+    return [mean - means[other, share] for (name, share), mean in means.items() if name == one]
+
+
+def above(numbers: Sequence[float], bound: float) -> int:
+    """How many numbers are above a bound."""
+    return sum(number > bound for number in numbers)
+
+
+FUNCTIONS = {"abs": abs, "len": len, "max": max, "min": min, "number": number, "each": each, "gains": gains, "above": above}
 
 
 @dataclass(frozen=True)
@@ -317,7 +333,7 @@ def verdict(claim: Claim, book: Book, found: Sequence[dict[str, Any]]) -> Verdic
                      if text and value(text, names)), VERDICTS[2])
         measured = ", ".join(f"{_label(text)} {_shown(value(text, names))}" for text in _decides(claim))
     except (LookupError, TypeError) as error:
-        return Verdict(VERDICTS[3], "none", conditions=f"the stored run does not decide it: {error}")
+        return Verdict(VERDICTS[3], "none", conditions=f"the stored run does not decide it: {claim.why or error}")
     if full:
         exact = experiment.profile == "quick" or content["parameters"].get("seeds", 1) >= FEW
         return Verdict(word, "high" if exact else "medium", measured, conditions=f"profile {experiment.profile}")

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import csv
 import json
+import re
 import statistics
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -91,14 +92,17 @@ def channels(records: Records) -> Finding:
 
 def lesions(records: Records) -> Finding:
     """Chapter 7: what the loss of one unit costs with and without skip connections."""
-    known = {"resnet": "with skips (ResNet)", "plain": "its twin without", "vgg": "VGG"}
-    bars = [Bar(label, records[f"lesion_{name}"], OURS if name == "resnet" else PLAIN)
-            for name, label in known.items() if f"lesion_{name}" in records]
+    depths = {family: int(depth) for family, depth in re.findall(r"([a-z]+)(\d+)", records["networks"])}
+    deeper = depths["plain"] - depths["resnet"]
+    twin = "its plain twin" if not deeper else f"a {'deeper' if deeper > 0 else 'shallower'} plain network"
+    labels = {"resnet": "with skips (ResNet-{})", "plain": "without (plain, {} layers)", "vgg": "without (VGG-{})"}
+    bars = [Bar(label.format(depths[name]), records[f"lesion_{name}"], OURS if name == "resnet" else PLAIN)
+            for name, label in labels.items() if name in depths]
     return Finding(
         "07_skip_units", "What does a network lose with one of its layers?",
         "accuracy lost with one unit (points, median)", bars,
         f"One unit removed from a network with skip connections costs {records['lesion_resnet']:.1f} points of accuracy "
-        f"(the median over units), from the same network without them {records['lesion_plain']:.1f}.")
+        f"(the median over units), a pair of layers removed from {twin} {records['lesion_plain']:.1f}.")
 
 
 def units(records: Records) -> Finding:

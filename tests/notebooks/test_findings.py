@@ -91,6 +91,14 @@ def test_run_that_lacks_the_records_gives_way_to_one_that_has_them(tmp_path):
     assert "digits" in found.conditions
 
 
+def test_a_plain_network_is_called_a_twin_at_equal_depth_only():
+    records = committed("07_skip_units")
+    said = {depth: findings.lesions(records | {"networks": f"resnet56, plain{depth}, vgg11"}) for depth in (20, 56, 110)}
+    assert [words in said[depth].sentence for depth, words in
+            ((20, "a shallower plain network"), (56, "its plain twin"), (110, "a deeper plain network"))] == [True] * 3
+    assert [bar.label for bar in said[20].bars] == ["with skips (ResNet-56)", "without (plain, 20 layers)", "without (VGG-11)"]
+
+
 def test_published_sizes_stand_beside_a_run_under_the_same_conditions_only():
     records = committed("03_pruning_and_quantization")
     assert not [bar for bar in findings.size(records).bars if "published" in bar.label]
