@@ -168,8 +168,10 @@ def _conditions(run: dict) -> str:
     network = records.get("networks") or records.get("network") or given.get("network", "")
     seeds, limit = given.get("seeds", 1), given.get("limit")
     some = f"{limit:,} images of " if limit and run["stored"] else ""
+    shift = given.get("shift")
+    shifted = f", training images shifted by up to {shift} {'pixel' if shift == 1 else 'pixels'}" if shift else ""
     origin = "a stored run" if run["stored"] else "the quick run of this site"
-    return f"{network} on {some}{given.get('dataset')}, {seeds} {'seed' if seeds == 1 else 'seeds'}, {origin}"
+    return f"{network} on {some}{given.get('dataset')}{shifted}, {seeds} {'seed' if seeds == 1 else 'seeds'}, {origin}"
 
 
 def write(executed: Path, folder: Path, stored: Path = STORED) -> None:

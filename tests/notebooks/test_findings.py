@@ -107,6 +107,15 @@ def test_published_sizes_stand_beside_a_run_under_the_same_conditions_only():
         "deep compression (published)": 40, "soft weight sharing (published)": 64}
 
 
+def test_shifted_training_images_are_told_beside_the_bytes(tmp_path):
+    records = committed("03_pruning_and_quantization")
+    for shift, told in ((0, ""), (1, "by up to 1 pixel,"), (2, "by up to 2 pixels,")):
+        keep(tmp_path / str(shift) / "one", "03_pruning_and_quantization", records, shift=shift)
+        (found,) = findings.findings(tmp_path / "none", tmp_path / str(shift))
+        assert told in found.conditions
+        assert ("shifted" in found.conditions) == bool(shift)
+
+
 def test_picture_is_opaque_and_described_and_each_finding_has_its_line(tmp_path):
     for name in ("05_channel_divergence", "07_skip_units"):
         keep(tmp_path / "executed" / name, name, committed(name))
