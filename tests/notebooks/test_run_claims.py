@@ -159,6 +159,17 @@ def test_results_that_cannot_be_stored_leave_the_former_ones_and_are_stored_when
     assert file.read_text() == text
 
 
+def test_ctrl_c_ends_with_one_line_keeps_the_time_and_stores_nothing(book, monkeypatch):
+    book(one="x = 1")
+    monkeypatch.setattr("fishlib.rerun.run.perform", raising(KeyboardInterrupt()))
+    result = fishlib("run", "--claims", "missing")
+    assert result.exit_code == 130
+    assert result.output.endswith("interrupted: start the same command again, it goes on\n")
+    assert not book.folder.exists()
+    (slices,) = (chapters.BUILD / "checkpoints").glob("*")
+    assert json.loads(slices.read_text())["seconds"] > 0
+
+
 def test_a_kill_leaves_no_process_and_no_half_written_result(book, tmp_path, build):
     log, pid = tmp_path / "log", tmp_path / "pid"
     book(steps=STEPS.format(log=str(log), pid=str(pid)))
