@@ -92,17 +92,23 @@ def channels(records: Records) -> Finding:
 
 def lesions(records: Records) -> Finding:
     """Chapter 7: what the loss of one unit costs with and without skip connections."""
-    depths = {family: int(depth) for family, depth in re.findall(r"([a-z]+)(\d+)", records["networks"])}
-    deeper = depths["plain"] - depths["resnet"]
-    twin = "its plain twin" if not deeper else f"a {'deeper' if deeper > 0 else 'shallower'} plain network"
+    networks = re.findall(r"([a-z]+)(\d+)", records["networks"])
+    first = dict(reversed(networks))  # of each family, whose records carry its name
+    known = {family + depth: records[f"lesion_{family}"] for family, depth in first.items()}
+    known |= records.get("lesion_by_network", {})
+    lost = {pair: known["".join(pair)] for pair in networks if "".join(pair) in known}
+    plain = first["plain"]
+    skip = plain if ("resnet", plain) in lost else first["resnet"]
+    deeper = int(plain) - int(skip)
+    twin = f"a {'deeper' if deeper > 0 else 'shallower'} plain network" if deeper else "its plain twin"
     labels = {"resnet": "with skips (ResNet-{})", "plain": "without (plain, {} layers)", "vgg": "without (VGG-{})"}
-    bars = [Bar(label.format(depths[name]), records[f"lesion_{name}"], OURS if name == "resnet" else PLAIN)
-            for name, label in labels.items() if name in depths]
+    bars = [Bar(labels[family].format(depth), points, OURS if (family, depth) == ("resnet", skip) else PLAIN)
+            for (family, depth), points in lost.items() if family in labels]
     return Finding(
         "07_skip_units", "What does a network lose with one of its layers?",
         "accuracy lost with one unit (points, median)", bars,
-        f"One unit removed from a network with skip connections costs {records['lesion_resnet']:.1f} points of accuracy "
-        f"(the median over units), a pair of layers removed from {twin} {records['lesion_plain']:.1f}.")
+        f"One unit removed from a network with skip connections costs {lost['resnet', skip]:.1f} points of accuracy "
+        f"(the median over units), a pair of layers removed from {twin} {lost['plain', plain]:.1f}.")
 
 
 def units(records: Records) -> Finding:

@@ -64,7 +64,7 @@ def test_three_seeds_weigh_more_than_large_data_and_a_whole_real_set_more_than_a
     records = committed("07_skip_units")
 
     def lost(value):
-        return records | {"lesion_resnet": value}
+        return records | {"lesion_resnet": value, "lesion_by_network": {}}
 
     shown, stored = tmp_path / "executed", tmp_path / "runs"
     keep(shown / "07_skip_units", "07_skip_units", lost(1.0))
@@ -92,11 +92,22 @@ def test_run_that_lacks_the_records_gives_way_to_one_that_has_them(tmp_path):
 
 
 def test_a_plain_network_is_called_a_twin_at_equal_depth_only():
-    records = committed("07_skip_units")
+    records = committed("07_skip_units") | {"lesion_by_network": {}}
     said = {depth: findings.lesions(records | {"networks": f"resnet56, plain{depth}, vgg11"}) for depth in (20, 56, 110)}
     assert [words in said[depth].sentence for depth, words in
             ((20, "a shallower plain network"), (56, "its plain twin"), (110, "a deeper plain network"))] == [True] * 3
     assert [bar.label for bar in said[20].bars] == ["with skips (ResNet-56)", "without (plain, 20 layers)", "without (VGG-11)"]
+
+
+def test_of_several_residual_networks_the_plain_ones_twin_is_set_beside_it():
+    lost = {"resnet110": 2.0, "resnet20": 10.0, "plain20": 50.0, "vgg11": 60.0}
+    of_family = {"lesion_resnet": 2.0, "lesion_plain": 50.0, "lesion_vgg": 60.0}
+    found = findings.lesions(of_family | {"networks": ", ".join(lost), "lesion_by_network": lost})
+    assert [(bar.label, bar.value) for bar in found.bars] == [
+        ("with skips (ResNet-110)", 2.0), ("with skips (ResNet-20)", 10.0), ("without (plain, 20 layers)", 50.0),
+        ("without (VGG-11)", 60.0)]
+    assert "costs 10.0 points" in found.sentence
+    assert "its plain twin 50.0" in found.sentence
 
 
 def test_published_sizes_stand_beside_a_run_under_the_same_conditions_only():
