@@ -147,8 +147,8 @@ def _download(name: str) -> dict[str, np.ndarray]:
 @contextmanager
 def _archives_stay_inside() -> Iterator[None]:
     """Refuse members that lead outside the folder into which torchvision unpacks a download, which it does unasked."""
-    before, inside = getattr(tarfile.TarFile, "extraction_filter", None), getattr(tarfile, "data_filter", None)
-    tarfile.TarFile.extraction_filter = inside and staticmethod(inside)  # data_filter came with Python 3.11.4
+    before = tarfile.TarFile.extraction_filter
+    tarfile.TarFile.extraction_filter = staticmethod(tarfile.data_filter)
     try:
         yield
     finally:

@@ -7,7 +7,6 @@ what its master gives.
 
 from __future__ import annotations
 
-import os
 import re
 import shutil
 import tempfile
@@ -15,7 +14,7 @@ from pathlib import Path
 
 import nbformat
 
-from fishlib.rerun.run import write
+from fishlib.rerun.run import swap, write
 
 ROOT = Path(__file__).resolve().parents[2]
 ASSIGNMENTS = ROOT / "chapters" / "assignments"
@@ -57,11 +56,8 @@ def generate(name: str, out: Path = BUILT, seed: int = 0, check: bool = True) ->
     out.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=out, prefix=".assign-") as work:
         made = _sorted(_by_otter(masters()[name], Path(work), check), Path(work) / name, name, seed)
-        target = out / name
-        if target.exists():
-            os.replace(target, Path(work) / "former")
-        os.replace(made, target)
-    return target
+        swap(made, out / name)
+    return out / name
 
 
 def _by_otter(master: Path, work: Path, check: bool) -> Path:

@@ -19,7 +19,7 @@ from typing import Any
 
 from fishlib import notebook
 from fishlib.rerun import chapters, claims
-from fishlib.rerun.run import Run, RunFailed, plain, write
+from fishlib.rerun.run import BEFORE, Run, RunFailed, plain, write
 
 
 def main() -> None:
@@ -36,9 +36,9 @@ def main() -> None:
     threading.Thread(target=_end_with_parent, args=[scratch], daemon=True).start()
     run = Run(Path(job["chapter"]), job["profile"], job["parameters"], job["identity"], Path(job["folder"]))
     try:
-        given, started = chapters.given_data(), time.monotonic()
+        started = time.monotonic()
         executed = execute(run, scratch, report)
-        publish(run, executed, given, time.monotonic() - started)
+        publish(run, executed, job["given"], time.monotonic() - started + float(os.environ.get(BEFORE, 0)))
     except RunFailed as error:
         report(error=str(error))
         sys.exit(1)

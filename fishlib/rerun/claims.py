@@ -5,8 +5,9 @@ with its parameters; results of the same chapter and data set with other paramet
 decides a claim and at most points to a verdict. A run at the quick profile stands in the chapter itself.
 
 A stored run is **stale** when both have changed since it was made: the code that its chapter runs (its cells and the
-modules of fishlib that they import, directly or through one another) and the quick results that stand in the chapter. New
-code that leaves the quick results alone makes nothing stale; nor do quick results that only another machine has changed.
+modules of fishlib that they import, directly or through one another), and the quick results that stand in the chapter by
+more than noise (see `change`). New code that leaves the quick results alone makes nothing stale; nor do quick results that
+another machine or one more record has changed. The quick results of then are those of a commit.
 """
 
 from __future__ import annotations
@@ -14,11 +15,12 @@ from __future__ import annotations
 import ast
 import io
 import json
+import os
 import re
 import subprocess
 import tarfile
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
@@ -35,8 +37,8 @@ FILE = chapters.ROOT / "data" / "claims.yml"
 PUBLISHED = chapters.ROOT / "data" / "published.csv"
 STORED = chapters.ROOT / "data" / "runs"
 VERDICTS = ("holds", "holds in part", "does not hold", "not yet run")
-# What a run may differ in and still be the same experiment: where it keeps unfinished work.
-PLACES = ("storage",)
+TIMES = ("duration", "seconds", "cost_ratio")  # the names under which chapters record times
+MOVED = 1 / 8  # the share of its numbers from which the quick results of a chapter have changed
 FAMILIES = ("resnet", "vgg", "densenet")  # networks that differ in their depth alone
 FEW = 3  # seeds from which a verdict is of high confidence
 ALLOWED = (ast.Expression, ast.BoolOp, ast.And, ast.Or, ast.UnaryOp, ast.Not, ast.USub, ast.BinOp, ast.Add, ast.Sub, ast.Mult,
@@ -51,7 +53,23 @@ def number(text: str, name: str) -> float:
     raise LookupError(f"no number for {name} in {text!r}")
 
 
-FUNCTIONS = {"abs": abs, "len": len, "max": max, "min": min, "number": number}
+def each(rows: Sequence[Mapping[str, Any]], text: str) -> list[Any]:
+    """An expression over the columns of each row of a table."""
+    return [value(text, row) for row in rows]
+
+
+def gains(rows: Sequence[Mapping[str, Any]], one: str, other: str) -> list[float]:
+    """Mean accuracy of one score above that of another after fine-tuning, at each share removed (chapter 3's `scores`)."""
+    means = {(row["score"], row["removed"]): row["mean"] for row in rows if row["stage"] == "fine-tuned"}
+    return [mean - means[other, share] for (name, share), mean in means.items() if name == one]
+
+
+def above(numbers: Sequence[float], bound: float) -> int:
+    """How many numbers are above a bound."""
+    return sum(number > bound for number in numbers)
+
+
+FUNCTIONS = {"abs": abs, "len": len, "max": max, "min": min, "number": number, "each": each, "gains": gains, "above": above}
 
 
 @dataclass(frozen=True)
@@ -68,7 +86,7 @@ class Experiment:
     @property
     def command(self) -> str:
         """What makes and stores it."""
-        return f"fishlib run {self.chapter}" if self.profile == "quick" else f"fishlib run --claims {self.id}"
+        return f"fishlib refresh {self.chapter}" if self.profile == "quick" else f"fishlib run --claims {self.id}"
 
 
 @dataclass(frozen=True)
@@ -242,16 +260,56 @@ def _subject(parameters: Mapping[str, Any]) -> tuple[Any, str]:
 def differences(content: Mapping[str, Any], parameters: Mapping[str, Any]) -> dict[str, Any]:
     """The parameters of stored results that are not those of a plan, with the values that they had."""
     had = content["parameters"]
-    return {name: had[name] for name in parameters if name not in PLACES and name in had and had[name] != parameters[name]}
+    return {name: had[name] for name in parameters if name in had and had[name] != parameters[name]}
 
 
 def in_chapter(stem: str) -> dict[str, Any] | None:
-    """The results of the quick profile that stand in the chapter's own outputs; None without the chapter or outputs."""
+    """The results of the quick profile of a chapter; None without the chapter or outputs.
+
+    They are those of the run that the book shows where the folder of these runs is named by the variable `runs.SHOWN`, as
+    it is for the runs of the book, and else those that stand in the chapter's own outputs.
+    """
+    shown = os.environ.get(runs.SHOWN)
+    records = (_shown_records(Path(shown), stem) if shown else {}) or _own_records(stem)
+    return {"chapter": stem, "parameters": {}, "records": records, "provenance": {"profile": "quick"}} if records else None
+
+
+def _shown_records(folder: Path, stem: str) -> dict[str, Any]:
+    try:
+        return json.loads((folder / stem / "results.json").read_text(encoding="utf-8"))["records"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return {}
+
+
+def _own_records(stem: str) -> dict[str, Any]:
     from fishlib.rerun import child
 
     path = chapters.CHAPTERS / f"{stem}.ipynb"
-    records = child.collect(chapters.read(path))[0] if path.is_file() else {}
-    return {"chapter": stem, "parameters": {}, "records": records, "provenance": {"profile": "quick"}} if records else None
+    return child.collect(chapters.read(path))[0] if path.is_file() else {}
+
+
+def judges(chapter: Path) -> bool:
+    """Whether a chapter reads the results of the others: it imports this module."""
+    sources = "\n".join(cell.source for cell in chapters.read(chapter).cells if cell.cell_type == "code")
+    return re.search(r"^from fishlib\.rerun import .*\bclaims\b", sources, re.MULTILINE) is not None
+
+
+def read_by(chapter: Path, shown: Path | None) -> str:
+    """Hash of the results of the other chapters, which a chapter that judges them reads; of times nothing.
+
+    Parameters
+    ----------
+    shown : folder of the runs that the book shows, for a run of the book
+    """
+    others = sorted(path.stem for path in chapters.CHAPTERS.glob("[0-9]*.ipynb") if path.stem != chapter.stem)
+    read = {stem: [_own_records(stem), _shown_records(shown, stem) if shown else {}] for stem in others}
+    return chapters.digest(json.dumps(_without_times(read), sort_keys=True))
+
+
+def _without_times(item: Any) -> Any:
+    if isinstance(item, dict):
+        return {name: _without_times(inner) for name, inner in item.items() if name not in TIMES}
+    return [_without_times(inner) for inner in item] if isinstance(item, list) else item
 
 
 def verdict(claim: Claim, book: Book, found: Sequence[dict[str, Any]]) -> Verdict:
@@ -275,7 +333,7 @@ def verdict(claim: Claim, book: Book, found: Sequence[dict[str, Any]]) -> Verdic
                      if text and value(text, names)), VERDICTS[2])
         measured = ", ".join(f"{_label(text)} {_shown(value(text, names))}" for text in _decides(claim))
     except (LookupError, TypeError) as error:
-        return Verdict(VERDICTS[3], "none", conditions=f"the stored run does not decide it: {error}")
+        return Verdict(VERDICTS[3], "none", conditions=f"the stored run does not decide it: {claim.why or error}")
     if full:
         exact = experiment.profile == "quick" or content["parameters"].get("seeds", 1) >= FEW
         return Verdict(word, "high" if exact else "medium", measured, conditions=f"profile {experiment.profile}")
@@ -296,11 +354,15 @@ def _conditions(content: Mapping[str, Any], parameters: Mapping[str, Any]) -> st
 
 
 def table(book: Book | None = None, found: Sequence[dict[str, Any]] | None = None) -> pd.DataFrame:
-    """All claims with their verdicts, a row each; `published` says accuracy and conditions, where a number is published."""
+    """All claims with their verdicts, a row each.
+
+    `published` says accuracy and conditions, where a number is published; `record` is the `state` of the run that decides,
+    and empty for a claim without one.
+    """
     import pandas as pd
 
     book, found = book or load(), stored() if found is None else found
-    rows = []
+    states, rows = {name: state(one, found) for name, one in book.experiments.items()}, []
     for claim in book.claims.values():
         said = verdict(claim, book, found)
         row = book.published.get(claim.published)
@@ -308,73 +370,141 @@ def table(book: Book | None = None, found: Sequence[dict[str, Any]] | None = Non
         rows.append({"claim": claim.id, "proposal": claim.proposal, "item": claim.item, "words": claim.claim,
                      "published": beside, "verdict": said.word, "confidence": said.confidence,
                      "provisional": said.provisional, "measured": said.measured, "conditions": said.conditions,
-                     "bar": claim.bar, "run": claim.run or "",
+                     "record": states.get(claim.run, ""), "bar": claim.bar, "run": claim.run or "",
                      "chapter": book.experiments[claim.run].chapter if claim.run else ""})
     return pd.DataFrame(rows)
 
 
 def state(experiment: Experiment, found: Sequence[dict[str, Any]]) -> str:
-    """Of the record of an experiment: "current", "stale", "missing", or "no chapter"."""
-    if planned(experiment) is None:
+    """Of the record of an experiment: "current", "stale", "missing", or "no chapter".
+
+    A quick run stands in its chapter. It is stale where the book's own run of the chapter, made with the present code, gave
+    other results; as long as there is no such run, nothing can be said against it.
+    """
+    plan = planned(experiment)
+    if plan is None:
         return "no chapter"
     content, full = results(experiment, found)
     if content is None or not full:
         return "missing"
-    return "current" if experiment.profile == "quick" or _is_current(content) else "stale"
+    current = _shows(plan, content["records"]) if experiment.profile == "quick" else _is_current(content)
+    return "current" if current else "stale"
+
+
+def _shows(plan: runs.Run, records: Mapping[str, Any]) -> bool:
+    again = _shown_records(plan.folder.parent, plan.chapter.stem) if runs.finished(plan) else {}
+    return not again or change(records, again) <= MOVED
 
 
 def _is_current(content: Mapping[str, Any]) -> bool:
-    now, then = mark(chapters.CHAPTERS / f"{content['chapter']}.ipynb"), _mark_then(content)
-    return then is not None and (now.code == then.code or (now.quick is not None and now.quick == then.quick))
+    stem, provenance = content["chapter"], content["provenance"]
+    commit = provenance.get("commit") or ""
+    code = provenance.get("code") or _code_at(commit, stem, provenance.get("library"))
+    if code == mark(chapters.CHAPTERS / f"{stem}.ipynb").code:
+        return True
+    then = _quick_then(stem, commit, provenance.get("quick"))
+    return bool(then) and change(then, _own_records(stem)) <= MOVED
 
 
 def mark(chapter: Path, package: Path = chapters.PACKAGE) -> SimpleNamespace:
-    """`code`: hash of what a chapter runs; `quick`: hash of the results that stand in it. Both change by need only.
-
-    Results are compared by three significant digits; whole numbers, text and times are left out. `quick` is None for a
-    chapter without results.
-    """
+    """`code`: hash of what a chapter runs; `quick`: hash by which its results are found again among those of commits."""
     from fishlib.rerun import child
 
     book = chapters.read(chapter)
     cells = [cell.source for cell in book.cells if cell.cell_type == "code"]
     code = chapters.digest(json.dumps([cells, chapters.imported(cells, package)]))
-    records = child.collect(book)[0]
-    quick = chapters.digest(json.dumps(_floats(records), sort_keys=True))[:16] if records else None
-    return SimpleNamespace(code=code[:16], quick=quick)
+    return SimpleNamespace(code=code[:16], quick=_fingerprint(child.collect(book)[0]))
+
+
+def _fingerprint(records: Mapping[str, Any]) -> str | None:
+    return chapters.digest(json.dumps(_floats(records), sort_keys=True))[:16] if records else None
 
 
 def _floats(item: Any) -> Any:
     if isinstance(item, dict):
-        timed = ("duration", "seconds", "cost_ratio")  # the names under which chapters record times
-        return {name: _floats(inner) for name, inner in item.items() if name not in timed}
+        return {name: _floats(inner) for name, inner in item.items() if name not in TIMES}
     if isinstance(item, list):
         return [_floats(inner) for inner in item]
     return f"{item:.2e}" if isinstance(item, float) else None
 
 
-def _mark_then(content: Mapping[str, Any]) -> SimpleNamespace | None:
-    """The mark of stored results: as they say themselves, or else from the commit that made them; None if unknown."""
-    provenance = content["provenance"]
-    if "code" in provenance:
-        return SimpleNamespace(code=provenance["code"], quick=provenance["quick"])
-    if not provenance.get("commit"):
+def change(before: Mapping[str, Any], after: Mapping[str, Any]) -> float:
+    """The share of the numbers in both records that differ by more than a tenth of the larger one, and by more than 0.05
+    where both lie between -1 and 1, as shares and correlations do.
+
+    Another processor rounds otherwise, and trained networks then differ nearly as those of two seeds do, which moves some
+    numbers. In chapter 5, which has the fewest, it moved 9 % of them and another seed 17 %; the fine-tuning of a network in
+    the wrong mode, once corrected, had moved 35 %. Times are left out. So are texts, which say in words what numbers say
+    beside them, and lists of whole numbers, such as the positions of kept units: one comparison that falls the other way
+    shifts all behind it.
+    """
+    one, other = dict(_numbers(before)), dict(_numbers(after))
+    both = one.keys() & other.keys()
+    return sum(_differ(one[name], other[name]) for name in both) / max(1, len(both))
+
+
+def _numbers(item: Any, name: str = "") -> Iterator[tuple[str, float]]:
+    if isinstance(item, dict):
+        for key, inner in item.items():
+            if key not in TIMES:
+                yield from _numbers(inner, f"{name}/{key}")
+    elif isinstance(item, list) and not all(isinstance(inner, int) for inner in item):
+        for place, inner in enumerate(item):
+            yield from _numbers(inner, f"{name}/{place}")
+    elif isinstance(item, int | float) and not isinstance(item, bool):
+        yield name, item
+
+
+def _differ(one: float, other: float) -> bool:
+    size = max(abs(one), abs(other))
+    return abs(one - other) > max(0.1 * size, 0.05 if size <= 1 else 0)
+
+
+def _git(*words: str) -> bytes | None:
+    """What git prints in the repository; None without git, without a repository, or for what it does not have."""
+    try:
+        done = subprocess.run(["git", "-C", str(chapters.ROOT), *words], capture_output=True)
+    except OSError:
         return None
-    return _mark_at(provenance["commit"], content["chapter"], provenance.get("library"))
+    return None if done.returncode else done.stdout
 
 
 @cache
-def _mark_at(commit: str, stem: str, library: str | None) -> SimpleNamespace | None:
+def _code_at(commit: str, stem: str, library: str | None) -> str | None:
+    """The `code` of a chapter at a commit; None where the library had changes that were not committed."""
     names = ["fishlib", "constraints.txt", f"chapters/{stem}.ipynb"]
-    archive = subprocess.run(["git", "-C", str(chapters.ROOT), "archive", commit, *names], capture_output=True)
-    if archive.returncode:
-        return None  # no repository, or a commit that it does not have
+    archive = _git("archive", commit, *names) if commit else None
+    if archive is None:
+        return None
     with tempfile.TemporaryDirectory() as folder:
-        with tarfile.open(fileobj=io.BytesIO(archive.stdout)) as tree:
+        with tarfile.open(fileobj=io.BytesIO(archive)) as tree:
             tree.extractall(folder, filter="data")
         package = Path(folder) / "fishlib"
-        # The library may have had changes that were not committed.
-        return mark(Path(folder) / names[-1], package) if chapters.library(package) == library else None
+        return mark(Path(folder) / names[-1], package).code if chapters.library(package) == library else None
+
+
+@cache
+def _quick_then(stem: str, commit: str, fingerprint: str | None) -> dict[str, Any]:
+    """The quick results that stood in a chapter when a run was made; empty if they are in no commit.
+
+    A run knows them by their fingerprint, for they may have been committed after it; older runs by the commit alone.
+    """
+    name = f"chapters/{stem}.ipynb"
+    later = (_git("log", "--format=%H", "--", name) or b"").decode().split() if fingerprint else []
+    committed = (_records_at(one, name) for one in filter(None, [commit, *later]))
+    return next((records for records in committed if fingerprint in (None, _fingerprint(records))), {})
+
+
+def _records_at(commit: str, name: str) -> dict[str, Any]:
+    import nbformat
+
+    from fishlib.rerun import child
+
+    text = _git("show", f"{commit}:{name}")
+    try:
+        return child.collect(nbformat.reads(text.decode(), as_version=4))[0] if text else {}
+    except (ValueError, runs.RunFailed):
+        return {}  # no notebook, or one of before the rule that a name is recorded once
 
 
 # Making what is missing.
@@ -385,7 +515,8 @@ def chosen(which: str, book: Book, found: Sequence[dict[str, Any]], gpu: bool) -
 
     Parameters
     ----------
-    which : "missing", "stale", or names of runs or claims, separated by commas
+    which : "missing", "stale" (both without the quick runs, which chapters hold), or names of runs or claims, separated by
+        commas
     gpu : whether the expected time is that on a GPU
 
     Raises
@@ -395,7 +526,7 @@ def chosen(which: str, book: Book, found: Sequence[dict[str, Any]], gpu: bool) -
     """
     names = [name.strip() for name in which.split(",")]
     if names in (["missing"], ["stale"]):
-        wanted = [one for one in book.experiments.values() if state(one, found) == names[0]]
+        wanted = [one for one in book.experiments.values() if one.profile != "quick" and state(one, found) == names[0]]
     else:
         wanted = list({one.id: one for one in (_experiment(name, book) for name in names)}.values())
     if held := [one for one in wanted if one.profile == "quick"]:
@@ -414,7 +545,7 @@ def _experiment(name: str, book: Book) -> Experiment:
 def resumes(run: runs.Run) -> bool:
     """Whether the chapter keeps unfinished training, so that a run that was stopped goes on."""
     sources = (cell.source for cell in chapters.read(run.chapter).cells if cell.cell_type == "code")
-    return bool(run.parameters.get("storage")) or any("FISHLIB_CHECKPOINTS" in source for source in sources)
+    return any("FISHLIB_CHECKPOINTS" in source for source in sources)
 
 
 def store(run: runs.Run, experiment: Experiment) -> Path:

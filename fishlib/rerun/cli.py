@@ -25,6 +25,9 @@ import click
 from fishlib.rerun import chapters
 from fishlib.rerun import run as runs
 
+# Errors of a disk that is full, and of a place that is closed to writing.
+UNWRITABLE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EACCES, errno.EPERM, errno.EROFS)
+
 
 class BadInput(click.ClickException):
     """The command cannot be followed; nothing was run."""
@@ -69,8 +72,9 @@ class Commands(click.Group):
             if error.errno == errno.EPIPE:
                 raise  # the reader of our output has gone, which click ends quietly
             place = f": {error.filename2 or error.filename}" if error.filename else ""
-            raise click.ClickException(f"{error.strerror or error}{place}; nothing half-written was left. Make room, or "
-                                       "name a folder that can be written to, and start the command again") from error
+            advice = (". Make room, or name a folder that can be written to, and start the command again"
+                      if error.errno in UNWRITABLE else "")
+            raise click.ClickException(f"{error.strerror or error}{place}; nothing half-written was left{advice}") from error
 
 
 @click.group(cls=Commands, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
@@ -111,7 +115,8 @@ def run(names: Sequence[str], profile: str, given: Sequence[tuple[str, str]], wh
     Writes the executed notebook and results.json (records, parameters, provenance). Without --out, runs at the quick
     profile with nothing changed go to _build/executed/<chapter>/, where `fishlib render` takes them from; all others
     go to _build/runs/<chapter>/<identity>/. A finished run is not run again as long as its chapter, parameters, data,
-    library and pinned versions stay the same. A failing run leaves <chapter>.failed.ipynb.
+    library and pinned versions stay the same; one that the book shows, also as long as the stored records do. A chapter that
+    reads the results of the others comes after them. A failing run leaves <chapter>.failed.ipynb.
 
     With --claims, the runs that decide the proposals' claims are made one after the other, the shortest first, and their
     results stored in data/runs. It can be killed at any moment: start it again, and what was trained is not trained again
@@ -130,9 +135,11 @@ def run(names: Sequence[str], profile: str, given: Sequence[tuple[str, str]], wh
         planned = [runs.plan(chapter, profile, values, _folder(out, chapter, len(loaded)))
                    for chapter, values in zip(loaded, settled, strict=True)]
         _refuse_shared_folders(planned)
-    display = Display()
-    waiting = _without_finished(planned, force, display)
-    if _perform(waiting, jobs or _default_jobs(len(waiting), profile), timeout, display):
+    display, failed = Display(), []
+    for part in _judging_last(planned):
+        waiting = _without_finished(part, force, display)
+        failed += _perform(waiting, jobs or _default_jobs(len(waiting), profile), timeout, display)
+    if failed:
         sys.exit(1)
 
 
@@ -186,26 +193,56 @@ def _cannot_start(plan: runs.Run | None, expected: float, left: float | None) ->
     dataset = plan.parameters.get("dataset")
     if chapters.missing_data(dataset):
         return f"{dataset}.npz is not on this machine: put it into FISHLIB_DATA"
-    if left is not None and expected > left and not runs.finished(plan) and not judging.resumes(plan):
+    if left is None or runs.finished(plan):
+        return ""
+    if expected > left and not judging.resumes(plan):
         return f"it takes about {_duration(expected)} in one piece, more than is left of the budget"
+    if left < 2 * (futile := _slices(plan)["futile"]):
+        return f"it came to no checkpoint in {_duration(futile)}: give it at least twice as long"
     return ""
+
+
+def _slices(plan: runs.Run) -> dict[str, float]:
+    """Of a run that was stopped: the seconds of its parts, and those of the last one if it left no checkpoint."""
+    try:
+        return json.loads(_slices_file(plan).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {"seconds": 0.0, "futile": 0.0}
+
+
+def _slices_file(plan: runs.Run) -> Path:
+    return chapters.BUILD / "checkpoints" / f"{plan.identity}.json"
+
+
+def _kept(folder: Path) -> dict[Path, tuple[int, int]]:
+    """The checkpoints of a run, with what changes when one is written."""
+    files = [(file, file.stat()) for file in folder.rglob("*") if file.is_file()]
+    return {file: (about.st_size, about.st_mtime_ns) for file, about in files}
 
 
 def _make(one: Any, plan: runs.Run, expected: float, left: float | None, display: Display) -> bool:
     """Run an experiment, or go on with it, and store its results; whether it failed."""
     from fishlib.rerun import claims as judging
 
+    folder, parts = chapters.BUILD / "checkpoints" / plan.identity, _slices_file(plan).is_file()
     if not runs.finished(plan):
         display.line(f"{one.id}: running {one.chapter}, about {_duration(expected)} when begun anew")
-        folder = chapters.BUILD / "checkpoints" / plan.identity
-        running = runs.Running()
+        began, before, kept = time.monotonic(), _slices(plan)["seconds"], _kept(folder)
+        running, places = runs.Running(), {"FISHLIB_CHECKPOINTS": str(folder), runs.BEFORE: str(before)}
+
+        def stopped(in_vain: bool) -> None:
+            seconds = time.monotonic() - began
+            runs.write(_slices_file(plan), json.dumps({"seconds": before + seconds, "futile": seconds * in_vain}))
+
         try:
-            ((_, outcome),) = runs.perform([plan], 1, left, {"FISHLIB_CHECKPOINTS": str(folder)}, running,
+            ((_, outcome),) = runs.perform([plan], 1, left, places, running,
                                            lambda: display.status(f"{one.id} {running.cells}"))
         except KeyboardInterrupt:
+            stopped(in_vain=False)
             display.line("interrupted: start the same command again, it goes on")
             sys.exit(130)
         if outcome.status == "timeout":
+            stopped(in_vain=_kept(folder) == kept)
             plan.partial.unlink(missing_ok=True)
             display.line(f"{one.id}: stopped at the end of the budget, start again to go on")
             return False
@@ -213,11 +250,13 @@ def _make(one: Any, plan: runs.Run, expected: float, left: float | None, display
             display.line(outcome.message, fg="red")
             return True
     file = judging.store(plan, one)
-    shutil.rmtree(chapters.BUILD / "checkpoints" / plan.identity, ignore_errors=True)
+    shutil.rmtree(folder, ignore_errors=True)
+    _slices_file(plan).unlink(missing_ok=True)
     made = json.loads(file.read_text(encoding="utf-8"))["provenance"]
     memory = made.get("memory_bytes")
     display.line(f"{one.id}: {_duration(made['seconds'])} on {made['device'] or 'an unknown device'}"
-                 + (f", at most {memory / 1e9:.1f} GB" if memory else "") + f"; stored as {_short(file)}")
+                 + (f", at most {memory / 1e9:.1f} GB{' in its last part' if parts else ''}" if memory else "")
+                 + f"; stored as {_short(file)}")
     return False
 
 
@@ -251,6 +290,14 @@ def _refuse_shared_folders(planned: Sequence[runs.Run]) -> None:
         others = [file for file in one.folder.glob("*.ipynb") if file not in (one.notebook, one.partial)]
         if others and one.results.is_file():
             raise ValueError(f"{one.folder} holds the run of another chapter ({others[0].name}): choose another --out")
+
+
+def _judging_last(planned: Sequence[runs.Run]) -> list[list[runs.Run]]:
+    """Runs in two parts: a chapter that reads the results of the others runs when they have theirs."""
+    from fishlib.rerun import claims as judging
+
+    last = [one for one in planned if judging.judges(one.chapter)]
+    return [[one for one in planned if one not in last], last]
 
 
 def _without_finished(planned: Sequence[runs.Run], force: bool, display: Display) -> list[runs.Run]:
@@ -311,17 +358,17 @@ def _short(path: Path) -> str:
 def claims() -> None:
     """List the claims of the proposals with their verdicts, and the runs that decide them.
 
-    A record is current, stale (the code that the chapter runs and the quick results in the chapter have both changed since
-    it was made) or missing; each run is shown with its expected time and the command that makes and stores it.
+    A record is current, stale (the code that the chapter runs has changed since it was made, and the quick results in the
+    chapter by more than noise) or missing; each run is shown with its expected time and the command that makes and stores it.
     """
     from fishlib.rerun import claims as judging
 
     with checking():
         book, found = judging.load(), judging.stored()
-        states = {name: judging.state(one, found) for name, one in book.experiments.items()}
         table = judging.table(book, found)
+        states = {name: judging.state(one, found) for name, one in book.experiments.items()}
     rows = [["claim", "record", "verdict", "confidence", "a smaller run says", "run"]]
-    rows += [[row.claim, states.get(row.run, "none"), row.verdict, row.confidence, row.provisional, row.run]
+    rows += [[row.claim, row.record or "none", row.verdict, row.confidence, row.provisional, row.run]
              for row in table.itertuples()]
     _columns(rows)
     click.echo()
@@ -398,9 +445,10 @@ def _stale(executed: Path) -> list[str]:
     stale = []
     for file in sorted([*executed.glob("results.json"), *executed.glob("*/results.json")]):
         content = json.loads(file.read_text(encoding="utf-8"))
-        source, ran = chapters.CHAPTERS / f"{content['chapter']}.ipynb", content["provenance"]["identity"]
-        if source.is_file() and chapters.load(source).identity(content["parameters"]) != ran:
-            stale.append(content["chapter"])
+        source, values = chapters.CHAPTERS / f"{content['chapter']}.ipynb", content["parameters"]
+        if source.is_file():
+            now = runs.Run(source, "", values, chapters.load(source).identity(values), file.parent.resolve())
+            stale += [] if runs.finished(now) else [content["chapter"]]
     return stale
 
 
@@ -412,7 +460,8 @@ def refresh(names: Sequence[str], jobs: int | None, timeout: float | None) -> No
     """Execute chapters again at the quick profile and renew their outputs in place.
 
     Leaves out what changes from run to run: times, versions, the provenance table, outputs of cells tagged
-    nbval-ignore-output, outputs of more than 200 kB. A chapter that fails is left as it was.
+    nbval-ignore-output, outputs of more than 200 kB. A chapter that fails is left as it was. A chapter that reads the
+    results of the others, as the scorecard does, comes after them and reads their new ones.
     """
     from fishlib.rerun import refresh as refreshing
 
@@ -420,12 +469,13 @@ def refresh(names: Sequence[str], jobs: int | None, timeout: float | None) -> No
         loaded = {chapter.path: chapter for chapter in map(chapters.load, names)}
         planned = [runs.plan(chapter, folder=Path(scratch) / str(number) / chapter.path.stem)
                    for number, chapter in enumerate(loaded.values())]
-        display = Display()
-        failed = _perform(planned, jobs or _default_jobs(len(planned), "quick"), timeout, display)
-        for one in planned:
-            if one not in failed:
-                changed = refreshing.renew(one)
-                display.line(f"{_short(one.chapter)}: {'renewed' if changed else 'unchanged'}")
+        display, failed = Display(), []
+        for part in _judging_last(planned):
+            failed += _perform(part, jobs or _default_jobs(len(part), "quick"), timeout, display)
+            for one in part:
+                if one not in failed:
+                    changed = refreshing.renew(one)
+                    display.line(f"{_short(one.chapter)}: {'renewed' if changed else 'unchanged'}")
     if failed:
         sys.exit(1)
 
@@ -607,24 +657,24 @@ def grade(submissions: Sequence[Path], autograder: Path | None, seed: int | None
           out: Path | None, unconfined: bool) -> None:
     """Grade submissions, each in a process that may write in a temporary folder only and has a time limit.
 
-    Needs the extra `course` (otter-grader). Exit status 1 when one was refused.
+    Needs the extra `course` (otter-grader). Exit status 1 when one was refused. Ctrl-C keeps the grades that are there.
     """
     from fishlib.rerun import grade as grading
 
     grades = []
-    for submission in submissions:
-        try:
-            one = grading.grade(submission, autograder, seed=seed, seconds=seconds, cell_seconds=cell_seconds,
-                                confined=not unconfined)
-        except grading.GradeError as error:
-            raise click.ClickException(str(error)) from error
-        grades.append(one)
-        click.echo(f"{submission}: {one.status}, {one.score:g} of {one.possible:g}"
-                   + (f"; {one.message}" if one.message else ""))
-        for question, words in one.words.items():
-            click.echo("\n".join(f"  {question}: {line}" for line in words))
-    if out:
-        runs.write(out, grading.table(grades))
+    try:
+        for submission in submissions:
+            grades.append(one := grading.grade(submission, autograder, seed=seed, seconds=seconds, cell_seconds=cell_seconds,
+                                               confined=not unconfined))
+            click.echo(f"{submission}: {one.status}, {one.score:g} of {one.possible:g}"
+                       + (f"; {one.message}" if one.message else ""))
+            for question, words in one.words.items():
+                click.echo("\n".join(f"  {question}: {line}" for line in words))
+    except grading.GradeError as error:
+        raise click.ClickException(str(error)) from error
+    finally:
+        if out and grades:  # also those of before an interruption
+            runs.write(out, grading.table(grades))
     if any(one.status == "refused" for one in grades):
         sys.exit(1)
 

@@ -175,12 +175,15 @@ def save(table: pd.DataFrame, stem: Path) -> tuple[Path, Path]:
             flat[name] = flat[name].map(str, na_action="ignore")
     files = stem.with_name(stem.name + ".parquet"), stem.with_name(stem.name + ".csv")
     stem.parent.mkdir(parents=True, exist_ok=True)
-    for file, writer in zip(files, (flat.to_parquet, flat.to_csv), strict=True):
-        part = file.with_name(f".{file.name}.{os.getpid()}.part")
-        try:
-            writer(part, index=False)
+    parts = [file.with_name(f".{file.name}.{os.getpid()}.part") for file in files]
+    try:
+        # Both are written before either takes its place: on a full disk the former two stay together.
+        flat.to_parquet(parts[0], index=False)
+        flat.to_csv(parts[1], index=False)
+        for part, file in zip(parts, files, strict=True):
             os.replace(part, file)
-        finally:
+    finally:
+        for part in parts:
             part.unlink(missing_ok=True)
     return files
 

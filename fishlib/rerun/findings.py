@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import csv
 import json
+import re
 import statistics
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -91,14 +92,23 @@ def channels(records: Records) -> Finding:
 
 def lesions(records: Records) -> Finding:
     """Chapter 7: what the loss of one unit costs with and without skip connections."""
-    known = {"resnet": "with skips (ResNet)", "plain": "its twin without", "vgg": "VGG"}
-    bars = [Bar(label, records[f"lesion_{name}"], OURS if name == "resnet" else PLAIN)
-            for name, label in known.items() if f"lesion_{name}" in records]
+    networks = re.findall(r"([a-z]+)(\d+)", records["networks"])
+    first = dict(reversed(networks))  # of each family, whose records carry its name
+    known = {family + depth: records[f"lesion_{family}"] for family, depth in first.items()}
+    known |= records.get("lesion_by_network", {})
+    lost = {pair: known["".join(pair)] for pair in networks if "".join(pair) in known}
+    plain = first["plain"]
+    skip = plain if ("resnet", plain) in lost else first["resnet"]
+    deeper = int(plain) - int(skip)
+    twin = f"a {'deeper' if deeper > 0 else 'shallower'} plain network" if deeper else "its plain twin"
+    labels = {"resnet": "with skips (ResNet-{})", "plain": "without (plain, {} layers)", "vgg": "without (VGG-{})"}
+    bars = [Bar(labels[family].format(depth), points, OURS if (family, depth) == ("resnet", skip) else PLAIN)
+            for (family, depth), points in lost.items() if family in labels]
     return Finding(
         "07_skip_units", "What does a network lose with one of its layers?",
         "accuracy lost with one unit (points, median)", bars,
-        f"One unit removed from a network with skip connections costs {records['lesion_resnet']:.1f} points of accuracy "
-        f"(the median over units), from the same network without them {records['lesion_plain']:.1f}.")
+        f"One unit removed from a network with skip connections costs {lost['resnet', skip]:.1f} points of accuracy "
+        f"(the median over units), a pair of layers removed from {twin} {lost['plain', plain]:.1f}.")
 
 
 def units(records: Records) -> Finding:
@@ -164,8 +174,10 @@ def _conditions(run: dict) -> str:
     network = records.get("networks") or records.get("network") or given.get("network", "")
     seeds, limit = given.get("seeds", 1), given.get("limit")
     some = f"{limit:,} images of " if limit and run["stored"] else ""
+    shift = given.get("shift")
+    shifted = f", training images shifted by up to {shift} {'pixel' if shift == 1 else 'pixels'}" if shift else ""
     origin = "a stored run" if run["stored"] else "the quick run of this site"
-    return f"{network} on {some}{given.get('dataset')}, {seeds} {'seed' if seeds == 1 else 'seeds'}, {origin}"
+    return f"{network} on {some}{given.get('dataset')}{shifted}, {seeds} {'seed' if seeds == 1 else 'seeds'}, {origin}"
 
 
 def write(executed: Path, folder: Path, stored: Path = STORED) -> None:

@@ -17,7 +17,7 @@ import nbformat
 import yaml
 
 from fishlib.rerun import assets, findings
-from fishlib.rerun.run import with_outputs
+from fishlib.rerun.run import swap, with_outputs
 
 ROOT = Path(__file__).resolve().parents[2]
 ASSIGNMENTS = Path("chapters/assignments")  # shown as they are: the blanks in them are the reader's to fill
@@ -165,16 +165,3 @@ def build(source: Path, work: Path) -> Path:
 def _complaints(text: str) -> str:
     plain = re.sub(r"\x1b\[[0-9;]*m", "", text)
     return "\n".join(line for line in plain.splitlines() if "WARNING" in line or "ERROR" in line)
-
-
-def swap(new: Path, out: Path) -> None:
-    """Put the folder `new` at `out`; what was there goes only once `new` is in place."""
-    former = new.parent / "former"
-    if out.exists():
-        os.replace(out, former)
-    try:
-        os.replace(new, out)
-    except BaseException:
-        if former.exists():
-            os.replace(former, out)
-        raise

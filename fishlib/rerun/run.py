@@ -19,6 +19,9 @@ from typing import IO, Any
 from fishlib.rerun import chapters
 from fishlib.rerun.chapters import Chapter
 
+SHOWN = "FISHLIB_SHOWN"  # variable that tells a run of the book where all these runs are
+BEFORE = "FISHLIB_SECONDS_BEFORE"  # variable that tells a run that goes on how long it ran before it was stopped
+
 
 @dataclass(frozen=True)
 class Run:
@@ -42,6 +45,11 @@ class Run:
     @property
     def results(self) -> Path:
         return self.folder / "results.json"
+
+    @property
+    def shown(self) -> Path | None:
+        """The folder of all runs that the book shows, if this is one of them."""
+        return self.folder.parent if self.folder.parent == (chapters.BUILD / "executed").resolve() else None
 
 
 @dataclass(frozen=True)
@@ -98,15 +106,22 @@ def plan(chapter: Chapter, profile: str = "quick", given: Mapping[str, Any] | No
 def finished(run: Run) -> bool:
     """Whether the run's folder holds this very run, complete.
 
-    What the book shows depends also on the stored records that its chapters compare with, so that these count there.
+    What the book shows depends also on what its chapters compare with (see `given`), so that it counts there.
     """
     try:
         provenance = json.loads(run.results.read_text(encoding="utf-8"))["provenance"]
         current = provenance["identity"] == run.identity and run.notebook.is_file()
     except (OSError, ValueError, KeyError, TypeError):
         return False
-    in_book = run.folder.parent == (chapters.BUILD / "executed").resolve()
-    return current and (not in_book or provenance.get("given_data") == chapters.given_data())
+    return current and (run.shown is None or provenance.get("given_data") == given(run))
+
+
+def given(run: Run) -> str:
+    """Hash of what a run reads beside its images: what `data/` holds, and the other chapters' results if it judges them."""
+    from fishlib.rerun import claims
+
+    data = chapters.given_data()
+    return chapters.digest(data + claims.read_by(run.chapter, run.shown)) if claims.judges(run.chapter) else data
 
 
 def renew_text(run: Run) -> None:
@@ -187,8 +202,8 @@ def _spawn(run: Run, scratch: Path, environment: Mapping[str, str], log: IO[str]
     process = subprocess.Popen(
         [sys.executable, "-m", "fishlib.rerun.child"], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log,
         text=True, encoding="utf-8", start_new_session=True,
-        env=os.environ | {"PYTHONPATH": path, "FISHLIB_PROFILE": run.profile} | dict(environment))
-    job = {"chapter": str(run.chapter), "profile": run.profile, "parameters": run.parameters,
+        env=os.environ | {"PYTHONPATH": path, "FISHLIB_PROFILE": run.profile, SHOWN: str(run.shown or "")} | dict(environment))
+    job = {"chapter": str(run.chapter), "profile": run.profile, "parameters": run.parameters, "given": given(run),
            "identity": run.identity, "folder": str(run.folder), "scratch": str(scratch)}
     try:
         process.stdin.write(json.dumps(job) + "\n")
@@ -277,6 +292,19 @@ def write(path: Path, text: str) -> None:
         os.replace(part, path)
     finally:
         part.unlink(missing_ok=True)
+
+
+def swap(new: Path, out: Path) -> None:
+    """Put the folder `new` at `out`; what was there goes only once `new` is in place."""
+    former = new.parent / "former"
+    try:
+        if out.exists():
+            os.replace(out, former)
+        os.replace(new, out)
+    except BaseException:
+        if former.exists() and not out.exists():
+            os.replace(former, out)
+        raise
 
 
 def plain(text: str) -> str:

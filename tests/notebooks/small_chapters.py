@@ -46,6 +46,13 @@ def eventually(condition: Callable[[], Any], seconds: float = 60) -> Any:
     raise AssertionError(f"did not happen within {seconds} s")
 
 
+def raising(trouble: BaseException) -> Callable[..., Any]:
+    """A function that raises it, whatever it is called with."""
+    def fail(*args: Any, **options: Any) -> Any:
+        raise trouble
+    return fail
+
+
 def lines(file: Path) -> list[str]:
     return file.read_text().split() if file.is_file() else []
 

@@ -2,6 +2,7 @@
 
 import ast
 import json
+import re
 import shutil
 import subprocess
 
@@ -9,7 +10,7 @@ import nbformat
 import pytest
 from small_chapters import write_chapter
 
-from fishlib.rerun import chapters, claims
+from fishlib.rerun import chapters, child, claims, run
 
 RUN = {"chapter": "10_small", "profile": "full", "gpu": 1, "cpu": 2}
 CLAIM = {"id": "better", "proposal": "S1", "item": 1, "claim": "It is better.", "bar": "above a half", "run": "small",
@@ -118,29 +119,75 @@ def with_quick_result(notebook, value):
     return notebook
 
 
-def test_a_record_is_stale_when_both_code_and_quick_results_have_changed(book):
+def rewrite(path, code=None, quick=None):
+    """Give a chapter other code, or other quick results."""
+    notebook = nbformat.read(path, 4)
+    if code:
+        notebook.cells[2].source += code
+    if quick is not None:
+        with_quick_result(notebook, quick)
+    nbformat.write(notebook, path)
+
+
+BEFORE = {"accuracy": {"none": [0.9, 0.85], "ours": 0.95}, "loss": 3.0, "weights": 120_000, "kept": [0, 4, 7], "best": "kl",
+          "seconds": 5.0, "larger": True}
+
+
+@pytest.mark.parametrize(("after", "share"), [
+    ({}, 0), ({"loss": 3.2, "accuracy": {"none": [0.915, 0.86], "ours": 0.94}}, 0), ({"more": 5.0}, 0),
+    ({"best": "l1", "kept": [0, 5, 6, 9], "seconds": 50.0, "larger": False}, 0),
+    ({"loss": 3.5}, 1 / 5), ({"weights": 150_000}, 1 / 5), ({"accuracy": {"none": [0.5, 0.5], "ours": 0.95}}, 2 / 5)])
+def test_quick_results_have_changed_by_the_numbers_that_moved_further_than_noise(after, share):
+    assert claims.change(BEFORE, BEFORE | after) == share
+
+
+@pytest.fixture
+def committed(book, tmp_path, monkeypatch):
+    """The chapter with a quick result of 0.9, committed in a repository; and a function to commit it again."""
+    if shutil.which("git") is None:
+        pytest.skip("git is not installed")
+    path = chapters.CHAPTERS / "10_small.ipynb"
+    rewrite(path, quick=0.9)
+    (tmp_path / "fishlib").mkdir()
+    (tmp_path / "fishlib" / "one.py").write_text("")
+    (tmp_path / "constraints.txt").write_text("")
+    monkeypatch.setattr(chapters, "ROOT", tmp_path)
+    monkeypatch.setattr(chapters, "BUILD", tmp_path / "_build")
+
+    def commit():
+        git = ["git", "-C", str(tmp_path), "-c", "user.name=a", "-c", "user.email=a@b.c"]
+        for words in (["init", "-q"], ["add", "fishlib", "chapters", "constraints.txt"], ["commit", "-qm", "x"]):
+            subprocess.run([*git, *words], check=True)
+        return subprocess.run([*git, "rev-parse", "HEAD"], check=True, capture_output=True, text=True).stdout.strip()
+
+    commit.first = commit()
+    claims._code_at.cache_clear()
+    claims._quick_then.cache_clear()
+    return commit
+
+
+def test_a_record_is_stale_when_its_code_has_changed_and_the_quick_results_by_more_than_noise(book, committed):
     one, path = book().experiments["small"], chapters.CHAPTERS / "10_small.ipynb"
-
-    def rewrite(code=None, quick=None):
-        notebook = nbformat.read(path, 4)
-        if code:
-            notebook.cells[2].source = code
-        if quick:
-            with_quick_result(notebook, quick)
-        nbformat.write(notebook, path)
-
-    rewrite(quick=0.9)
-    made = [results(provenance=vars(claims.mark(path)))]
+    made = [results(provenance=vars(claims.mark(path)) | {"commit": committed.first})]
     assert claims.state(one, made) == "current"
-    rewrite(quick=0.90001)  # another machine
-    assert claims.state(one, made) == "current"
-    rewrite(code="changed = 1")
-    assert claims.state(one, made) == "current"
-    rewrite(quick=0.8)
+    rewrite(path, quick=0.5)
+    assert claims.state(one, made) == "current"  # the same code
+    rewrite(path, code="\nmore = 1")
     assert claims.state(one, made) == "stale"
-    rewrite(quick=0.9)
+    rewrite(path, quick=0.89)  # another machine
     assert claims.state(one, made) == "current"
     assert claims.state(one, []) == "missing"
+
+
+def test_quick_results_of_a_record_are_found_by_their_fingerprint_where_it_was_made_before_they_were_committed(book, committed):
+    one, path = book().experiments["small"], chapters.CHAPTERS / "10_small.ipynb"
+    rewrite(path, quick=0.5)
+    made = [results(provenance=vars(claims.mark(path)) | {"commit": committed.first})]
+    committed()
+    rewrite(path, code="\nmore = 1")
+    assert claims.state(one, made) == "current"
+    rewrite(path, quick=0.9)
+    assert claims.state(one, made) == "stale"
 
 
 def test_the_code_of_a_chapter_is_what_it_imports_and_no_more(tmp_path):
@@ -158,23 +205,86 @@ def test_the_code_of_a_chapter_is_what_it_imports_and_no_more(tmp_path):
     assert found("import numpy") == []
 
 
-@pytest.mark.skipif(shutil.which("git") is None, reason="needs git")
-def test_a_record_without_marks_is_compared_with_the_commit_that_made_it(book, tmp_path, monkeypatch):
+def test_a_record_without_marks_is_compared_with_the_commit_that_made_it(book, committed, tmp_path):
     one, path = book().experiments["small"], chapters.CHAPTERS / "10_small.ipynb"
-    nbformat.write(with_quick_result(nbformat.read(path, 4), 0.9), path)
-    package = tmp_path / "fishlib"
-    package.mkdir()
-    (package / "one.py").write_text("")
-    (tmp_path / "constraints.txt").write_text("")
-    monkeypatch.setattr(chapters, "ROOT", tmp_path)
-    git = ["git", "-C", str(tmp_path), "-c", "user.name=a", "-c", "user.email=a@b.c"]
-    for words in (["init", "-q"], ["add", "fishlib", "chapters", "constraints.txt"], ["commit", "-qm", "x"]):
-        subprocess.run([*git, *words], check=True)
-    commit = subprocess.run([*git, "rev-parse", "HEAD"], check=True, capture_output=True, text=True).stdout.strip()
-    known = {"commit": commit, "library": chapters.library(package)}
-    notebook = nbformat.read(path, 4)
-    notebook.cells[2].source += "\nmore = 1"
-    nbformat.write(notebook, path)
+    known = {"commit": committed.first, "library": chapters.library(tmp_path / "fishlib")}
+    rewrite(path, code="\nmore = 1")
     assert claims.state(one, [results(provenance=known)]) == "current"  # the quick results are those of the commit
-    assert claims.state(one, [results(provenance=known | {"library": "uncommitted"})]) == "stale"
     assert claims.state(one, [results(provenance=known | {"commit": "0" * 40})]) == "stale"
+    rewrite(path, quick=0.5)
+    assert claims.state(one, [results(provenance=known)]) == "stale"
+
+
+def test_without_git_new_code_makes_a_record_stale_and_the_list_is_still_made(book, committed, monkeypatch):
+    one, path = book().experiments["small"], chapters.CHAPTERS / "10_small.ipynb"
+    made = [results(provenance=vars(claims.mark(path)) | {"commit": committed.first})]
+    monkeypatch.setenv("PATH", "")
+    assert claims.state(one, made) == "current"
+    rewrite(path, code="\nmore = 1")
+    assert claims.state(one, made) == "stale"
+    assert list(claims.table(book(), made).record) == ["stale"]
+
+
+def test_a_quick_run_is_stale_where_the_books_own_run_has_other_results(book, tmp_path, monkeypatch):
+    monkeypatch.setattr(chapters, "BUILD", tmp_path / "_build")
+    rewrite(chapters.CHAPTERS / "10_small.ipynb", quick=0.9)
+    one = book(runs={"small": RUN | {"profile": "quick"}}).experiments["small"]
+    plan = claims.planned(one)
+
+    def shown(accuracy, identity):
+        run.write(plan.notebook, "{}")
+        run.write(plan.results, json.dumps({"records": {"accuracy": accuracy}, "provenance": {
+            "identity": identity, "given_data": run.given(plan)}}))
+        return claims.state(one, [])
+
+    assert claims.state(one, []) == "current"
+    assert shown(0.9, plan.identity) == "current"
+    assert shown(0.5, plan.identity) == "stale"
+    assert shown(0.5, "of other code") == "current"
+    assert one.command == "fishlib refresh 10_small"
+
+
+def test_quick_runs_are_left_out_of_what_is_missing_or_stale_and_refused_by_name(book):
+    one = book(runs={"small": RUN, "held": RUN | {"profile": "quick"}})
+    assert claims.state(one.experiments["held"], []) == "missing"
+    assert [each.id for each in claims.chosen("missing", one, [], gpu=False)] == ["small"]
+    with pytest.raises(ValueError, match="use `fishlib refresh 10_small`"):
+        claims.chosen("held", one, [], gpu=False)
+
+
+def test_a_chapter_that_judges_the_others_reads_the_runs_of_the_book_and_is_run_again_with_them(book, tmp_path, monkeypatch):
+    monkeypatch.setattr(chapters, "BUILD", tmp_path / "_build")
+    rewrite(chapters.CHAPTERS / "10_small.ipynb", quick=0.5)
+    judge = write_chapter(chapters.CHAPTERS / "11_judge.ipynb", "from fishlib.rerun import claims, stored")
+    assert claims.judges(judge)
+    assert not claims.judges(chapters.CHAPTERS / "10_small.ipynb")
+    plan = run.plan(chapters.load(judge))
+    shown = plan.shown / "10_small" / "results.json"
+
+    def given(**records):
+        run.write(shown, json.dumps({"records": {"accuracy": 0.9} | records}))
+        return run.given(plan)
+
+    assert claims.in_chapter("10_small")["records"] == {"accuracy": 0.5}
+    assert given(duration=3.0) == given(duration=5.0)
+    assert given(accuracy=0.8) != given(accuracy=0.9)
+    assert run.given(run.plan(chapters.load("10_small"))) == chapters.given_data()
+    monkeypatch.setenv(run.SHOWN, str(plan.shown))
+    assert claims.in_chapter("10_small")["records"] == {"accuracy": 0.9}
+    before = given()
+    rewrite(chapters.CHAPTERS / "10_small.ipynb", quick=0.7)
+    assert given() != before
+
+
+def test_the_scorecard_shows_the_results_that_stand_in_the_chapter_on_units():
+    """The row for units and digits on page 9 has the validation accuracies of page 8, in order."""
+    units, score = (nbformat.read(next(chapters.CHAPTERS.glob(f"{number}_*.ipynb")), 4) for number in ("08", "09"))
+    records = child.collect(units)[0]
+    values = sorted((value for name, value in records.items()
+                     if name.startswith("validation_") and "scratch" not in name), reverse=True)
+    pages = ["".join(output.data.get("text/html", "")) for cell in score.cells if cell.cell_type == "code"
+             for output in cell.outputs if "data" in output]
+    rows = [re.sub(r"<[^>]+>", " ", row) for page in pages for row in re.findall(r"<tr>.*?</tr>", page, re.DOTALL)]
+    (row,) = [row for row in rows if re.match(rf"\s*units\s+{records['dataset']}\s+{records['network']}\b", row)]
+    order = re.findall(r"[a-z] (\d+\.\d)\b", row)
+    assert order == [f"{100 * value:.1f}" for value in values]

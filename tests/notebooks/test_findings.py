@@ -64,7 +64,7 @@ def test_three_seeds_weigh_more_than_large_data_and_a_whole_real_set_more_than_a
     records = committed("07_skip_units")
 
     def lost(value):
-        return records | {"lesion_resnet": value}
+        return records | {"lesion_resnet": value, "lesion_by_network": {}}
 
     shown, stored = tmp_path / "executed", tmp_path / "runs"
     keep(shown / "07_skip_units", "07_skip_units", lost(1.0))
@@ -91,12 +91,40 @@ def test_run_that_lacks_the_records_gives_way_to_one_that_has_them(tmp_path):
     assert "digits" in found.conditions
 
 
+def test_a_plain_network_is_called_a_twin_at_equal_depth_only():
+    records = committed("07_skip_units") | {"lesion_by_network": {}}
+    said = {depth: findings.lesions(records | {"networks": f"resnet56, plain{depth}, vgg11"}) for depth in (20, 56, 110)}
+    assert [words in said[depth].sentence for depth, words in
+            ((20, "a shallower plain network"), (56, "its plain twin"), (110, "a deeper plain network"))] == [True] * 3
+    assert [bar.label for bar in said[20].bars] == ["with skips (ResNet-56)", "without (plain, 20 layers)", "without (VGG-11)"]
+
+
+def test_of_several_residual_networks_the_plain_ones_twin_is_set_beside_it():
+    lost = {"resnet110": 2.0, "resnet20": 10.0, "plain20": 50.0, "vgg11": 60.0}
+    of_family = {"lesion_resnet": 2.0, "lesion_plain": 50.0, "lesion_vgg": 60.0}
+    found = findings.lesions(of_family | {"networks": ", ".join(lost), "lesion_by_network": lost})
+    assert [(bar.label, bar.value) for bar in found.bars] == [
+        ("with skips (ResNet-110)", 2.0), ("with skips (ResNet-20)", 10.0), ("without (plain, 20 layers)", 50.0),
+        ("without (VGG-11)", 60.0)]
+    assert "costs 10.0 points" in found.sentence
+    assert "its plain twin 50.0" in found.sentence
+
+
 def test_published_sizes_stand_beside_a_run_under_the_same_conditions_only():
     records = committed("03_pruning_and_quantization")
     assert not [bar for bar in findings.size(records).bars if "published" in bar.label]
     bars = findings.size(records | {"dataset": "mnist", "network": "lenet300"}).bars
     assert {bar.label: bar.value for bar in bars if "published" in bar.label} == {
         "deep compression (published)": 40, "soft weight sharing (published)": 64}
+
+
+def test_shifted_training_images_are_told_beside_the_bytes(tmp_path):
+    records = committed("03_pruning_and_quantization")
+    for shift, told in ((0, ""), (1, "by up to 1 pixel,"), (2, "by up to 2 pixels,")):
+        keep(tmp_path / str(shift) / "one", "03_pruning_and_quantization", records, shift=shift)
+        (found,) = findings.findings(tmp_path / "none", tmp_path / str(shift))
+        assert told in found.conditions
+        assert ("shifted" in found.conditions) == bool(shift)
 
 
 def test_picture_is_opaque_and_described_and_each_finding_has_its_line(tmp_path):

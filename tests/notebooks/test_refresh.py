@@ -40,3 +40,16 @@ def test_measured_times_are_not_kept():
     cell = nbformat.v4.new_code_cell("time()", outputs=[nbformat.v4.new_output("stream", text="1.234 s")])
     cell.metadata["tags"] = ["nbval-ignore-output"]
     assert refresh.strip(nbformat.v4.new_notebook(cells=[cell])).cells[0].outputs == []
+
+
+def test_a_chapter_that_judges_the_others_runs_after_them_and_reads_the_book_only_in_its_own_run(chapter, build):
+    judge = chapter("import os\nfrom fishlib.rerun import claims",
+                    "print('reads', os.environ['FISHLIB_SHOWN'] or 'the chapters')", name="09_judge")
+    other = chapter("print('other')", name="10_other")
+    for command, words in (("refresh", "10_other.ipynb: renewed"), ("run", "10_other: finished in")):
+        result = CliRunner().invoke(main, [command, str(judge), str(other)])
+        assert result.exit_code == 0, result.output
+        assert result.output.index(words) < result.output.index("running 09_judge")
+    assert "reads the chapters" in judge.read_text()
+    assert f"reads {build / 'executed'}" in (build / "executed" / "09_judge" / "09_judge.ipynb").read_text()
+    assert CliRunner().invoke(main, ["run", str(judge), str(other)]).output.count("finished before") == 2

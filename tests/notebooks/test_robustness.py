@@ -16,12 +16,12 @@ import pandas as pd
 import pytest
 import torch
 from click.testing import CliRunner
-from small_chapters import eventually, lines, load
+from small_chapters import eventually, lines, load, raising
 
 import fishlib
 from fishlib import codec, data, training, units
 from fishlib.nets import mlp
-from fishlib.rerun import chapters, cli, collect, refresh, render, run
+from fishlib.rerun import assign, chapters, cli, collect, grade, refresh, render, run
 
 MARK = "from pathlib import Path; Path({file!r}).write_text('here')"
 TABLE = pd.DataFrame({"x": np.arange(500.0), "y": np.arange(500.0) ** 2})
@@ -46,12 +46,6 @@ def fishlib_command(*words):
 
 def content(folder):
     return {path.relative_to(folder).as_posix(): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
-
-
-def raising(trouble):
-    def fail(*args, **options):
-        raise trouble
-    return fail
 
 
 @contextmanager
@@ -182,6 +176,100 @@ def test_render_in_trouble_keeps_the_former_site(trouble, tmp_path, monkeypatch)
     result = fishlib_command("render", "--out", out)
     assert result.exit_code == (130 if isinstance(trouble, KeyboardInterrupt) else 1)
     assert content(tmp_path) == {"html/searchindex.js": b"former"}
+
+
+def failing_at(number, trouble):
+    """`os.replace` that fails when it is called for the time of this number."""
+    calls, replace = [], os.replace
+
+    def fail(*places):
+        calls.append(places)
+        if len(calls) == number:
+            raise trouble
+        replace(*places)
+
+    return fail
+
+
+@pytest.mark.parametrize("trouble", TROUBLES.values(), ids=TROUBLES)
+@pytest.mark.parametrize("number", [1, 2])
+def test_assign_in_trouble_keeps_the_former_assignment(number, trouble, tmp_path, monkeypatch):
+    name = next(iter(assign.masters()))
+
+    def made(by_otter, target, *_):
+        target.mkdir()
+        (target / "student").write_text("new")
+        return target
+
+    monkeypatch.setattr(assign, "_by_otter", lambda master, work, check: work)
+    monkeypatch.setattr(assign, "_sorted", made)
+    (tmp_path / name).mkdir()
+    (tmp_path / name / "student").write_text("former")
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "replace", failing_at(number, trouble))
+        result = fishlib_command("assign", name, "--out", tmp_path)
+    assert result.exit_code == (130 if isinstance(trouble, KeyboardInterrupt) else 1)
+    assert "nothing half-written" in result.output
+    assert content(tmp_path) == {f"{name}/student": b"former"}
+    assert [entry.name for entry in tmp_path.iterdir()] == [name]
+    assert fishlib_command("assign", name, "--out", tmp_path).exit_code == 0
+    assert content(tmp_path) == {f"{name}/student": b"new"}
+
+
+@pytest.mark.parametrize("trouble", TROUBLES.values(), ids=TROUBLES)
+def test_grades_that_cannot_be_written_leave_the_former_table(trouble, tmp_path, monkeypatch):
+    (tmp_path / "grades.csv").write_text("former")
+    monkeypatch.setattr(grade, "grade", lambda one, *_, **__: grade.Grade(str(one), "graded", 3, 4))
+    monkeypatch.setattr(os, "replace", raising(trouble))
+    result = fishlib_command("grade", "one.ipynb", "--out", tmp_path / "grades.csv")
+    assert result.exit_code == (130 if isinstance(trouble, KeyboardInterrupt) else 1)
+    assert "nothing half-written" in result.output
+    assert content(tmp_path) == {"grades.csv": b"former"}
+
+
+def test_interrupted_grading_keeps_the_grades_that_are_there(tmp_path, monkeypatch):
+    def graded(submission, *_, **__):
+        if submission.stem == "third":
+            raise KeyboardInterrupt
+        return grade.Grade(str(submission), "graded", 3, 4)
+
+    monkeypatch.setattr(grade, "grade", graded)
+    result = fishlib_command("grade", "first.ipynb", "second.ipynb", "third.ipynb", "--out", tmp_path / "grades.csv")
+    assert result.exit_code == 130
+    assert list(pd.read_csv(tmp_path / "grades.csv").submission) == ["first.ipynb", "second.ipynb"]
+
+
+@pytest.mark.parametrize("trouble", TROUBLES.values(), ids=TROUBLES)
+@pytest.mark.parametrize("method", ["to_parquet", "to_csv"])
+def test_collected_tables_stay_together_when_one_cannot_be_written(method, trouble, tmp_path, monkeypatch):
+    collect.save(TABLE, tmp_path / "table")
+    before = content(tmp_path)
+    monkeypatch.setattr(pd.DataFrame, method, raising(trouble))
+    with pytest.raises(type(trouble)):
+        collect.save(2 * TABLE, tmp_path / "table")
+    assert content(tmp_path) == before
+
+
+@pytest.mark.parametrize("trouble", TROUBLES.values(), ids=TROUBLES)
+def test_ending_between_two_tables_leaves_both_whole_and_nothing_beside_them(trouble, tmp_path, monkeypatch):
+    collect.save(TABLE, tmp_path / "table")
+    names = set(content(tmp_path))
+    monkeypatch.setattr(os, "replace", failing_at(2, trouble))
+    with pytest.raises(type(trouble)):
+        collect.save(2 * TABLE, tmp_path / "table")
+    assert set(content(tmp_path)) == names
+    assert pd.read_csv(tmp_path / "table.csv").equals(TABLE)
+    assert pd.read_parquet(tmp_path / "table.parquet").equals(2 * TABLE)
+
+
+def test_an_error_that_room_does_not_help_is_told_without_that_advice(monkeypatch):
+    monkeypatch.setattr(chapters, "load", raising(FileNotFoundError(errno.ENOENT, "No such file or directory", "git")))
+    told = fishlib_command("params", "00_why_compact")
+    assert told.exit_code == 1
+    assert "No such file or directory: git" in told.output
+    assert "Make room" not in told.output
+    monkeypatch.setattr(chapters, "load", raising(OSError(errno.ENOSPC, "No space left on device")))
+    assert "Make room" in fishlib_command("params", "00_why_compact").output
 
 
 @pytest.mark.parametrize("words", [("refresh",), ("sweep", "-g", "seed=0..1", "--workers", 1)], ids=["refresh", "sweep"])

@@ -230,12 +230,14 @@ def test_the_site_is_not_rendered_from_runs_of_another_state(chapter, build, mon
     monkeypatch.setattr(render, "render", lambda executed, out: build / "html")
     planned = run.plan(chapters.load(source))
     planned.folder.mkdir(parents=True)
-    for identity, status in ((planned.identity, 0), ("0" * 16, 1)):
+    planned.notebook.touch()
+    given = run.given(planned)
+    for identity, data, status in ((planned.identity, given, 0), (planned.identity, "other records", 1), ("0" * 16, given, 1)):
         planned.results.write_text(json.dumps({"chapter": "10_small", "parameters": planned.parameters,
-                                               "provenance": {"identity": identity}}))
+                                               "provenance": {"identity": identity, "given_data": data}}))
         result = fishlib("render")
         assert result.exit_code == status, result.output
-    assert "fishlib run 10_small" in result.output
+        assert ("fishlib run 10_small" in result.output) == bool(status)
 
 
 def test_a_run_beyond_its_time_is_ended(tmp_path, chapter):

@@ -1,14 +1,16 @@
 """`fishlib run --claims`: what is missing is made and stored; a budget, a failure or a kill leaves nothing half done."""
 
+import errno
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 from click.testing import CliRunner
-from small_chapters import alive, eventually, lines, load, write_chapter
+from small_chapters import alive, eventually, lines, load, raising, write_chapter
 
 from fishlib.rerun import chapters, claims
 from fishlib.rerun.cli import main
@@ -117,10 +119,55 @@ def test_a_run_stopped_by_the_budget_goes_on_where_it_was(book, tmp_path):
     first = fishlib("run", "--claims", "missing", "--budget", "6s")
     assert first.exit_code == 0, first.output
     assert not book.folder.exists() or "stored as" in first.output
+    before = [json.loads(file.read_text())["seconds"] for file in (chapters.BUILD / "checkpoints").glob("*.json")]
     again = fishlib("run", "--claims", "missing")
     assert again.exit_code == 0, again.output
-    assert (book.folder / "10_steps" / "steps" / "results.json").is_file()
+    made = load(book.folder / "10_steps" / "steps")
     assert len(lines(log)) == 40
+    assert made["provenance"]["seconds"] > sum(before)
+    assert not list((chapters.BUILD / "checkpoints").iterdir())
+
+
+def test_a_run_that_comes_to_no_checkpoint_within_the_budget_does_not_keep_the_others_from_running(book, tmp_path):
+    mark = tmp_path / "begun"
+    book(good="x = 1", stuck=f"import time\nopen({str(mark)!r}, 'a').write('x ')\n# FISHLIB_CHECKPOINTS\ntime.sleep(600)")
+    first = fishlib("run", "--claims", "stuck", "--budget", "3s")
+    assert first.exit_code == 0, first.output
+    assert "stopped at the end of the budget" in first.output
+    second = fishlib("run", "--claims", "missing", "--budget", "5s")
+    assert re.search(r"stuck: it came to no checkpoint in \d+ s: give it at least twice as long", second.output)
+    assert "good: " in second.output
+    assert len(lines(mark)) <= 1
+
+
+@pytest.mark.parametrize(("trouble", "status"), [(OSError(errno.ENOSPC, "No space left"), 1), (KeyboardInterrupt(), 130),
+                                                 (PermissionError(errno.EACCES, "Permission denied"), 1)], ids=str)
+def test_results_that_cannot_be_stored_leave_the_former_ones_and_are_stored_when_they_can(book, trouble, status, monkeypatch):
+    book(one="x = 1")
+    assert fishlib("run", "--claims", "missing").exit_code == 0
+    (file,) = book.folder.rglob("results.json")
+    text = file.read_text()
+    for before in (text.replace("records", "of old"), None):  # damaged, and so missing; and not there
+        file.write_text(before) if before else file.unlink()
+        with monkeypatch.context() as patch:
+            patch.setattr(os, "replace", raising(trouble))
+            result = fishlib("run", "--claims", "missing")
+        assert result.exit_code == status, result.output
+        assert "nothing half-written" in result.output
+        assert [one.read_text() for one in book.folder.rglob("*") if one.is_file()] == ([before] if before else [])
+    assert fishlib("run", "--claims", "missing").exit_code == 0
+    assert file.read_text() == text
+
+
+def test_ctrl_c_ends_with_one_line_keeps_the_time_and_stores_nothing(book, monkeypatch):
+    book(one="x = 1")
+    monkeypatch.setattr("fishlib.rerun.run.perform", raising(KeyboardInterrupt()))
+    result = fishlib("run", "--claims", "missing")
+    assert result.exit_code == 130
+    assert result.output.endswith("interrupted: start the same command again, it goes on\n")
+    assert not book.folder.exists()
+    (slices,) = (chapters.BUILD / "checkpoints").glob("*")
+    assert json.loads(slices.read_text())["seconds"] > 0
 
 
 def test_a_kill_leaves_no_process_and_no_half_written_result(book, tmp_path, build):

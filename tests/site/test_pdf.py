@@ -105,14 +105,19 @@ def test_without_a_browser_the_message_says_what_to_install(book, monkeypatch):
         pdf.print_book(root=book)
 
 
-def test_full_disk_leaves_the_former_file(tmp_path, monkeypatch):
+@pytest.mark.parametrize("trouble", [OSError(errno.ENOSPC, "full disk"), PermissionError(errno.EACCES, "closed folder"),
+                                     KeyboardInterrupt("Ctrl-C")], ids=str)
+@pytest.mark.parametrize("place", [(os, "replace"), (pypdf.PdfWriter, "write")], ids=["in its place", "in the middle"])
+def test_full_disk_closed_folder_or_ctrl_c_leave_the_former_file(place, trouble, tmp_path, monkeypatch):
     out = tmp_path / "book.pdf"
     out.write_bytes(b"former")
 
-    def fail(*_):
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    def fail(*words):
+        if len(words) == 2 and isinstance(words[0], pypdf.PdfWriter):
+            words[1].write_bytes(b"half")
+        raise trouble
 
-    monkeypatch.setattr(os, "replace", fail)
-    with pytest.raises(OSError, match="space"):
+    monkeypatch.setattr(*place, fail)
+    with pytest.raises(type(trouble)):
         pdf._write(pypdf.PdfWriter(), out)
     assert {file.name: file.read_bytes() for file in tmp_path.iterdir()} == {"book.pdf": b"former"}
