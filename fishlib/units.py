@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
+from types import CodeType
 from typing import Any
 
 import numpy as np
@@ -591,7 +592,7 @@ def prune_units(net: nn.Module, data: ImageData, stages: int = 3, candidates: Se
     compare : "before": candidates are compared as they are cut, and only the chosen one is retrained; "after": each one is
         retrained first, which costs more
     folder : where each finished stage is kept; with the same arguments the run goes on from there to the same result.
-        Functions are told apart by their source and what they enclose, objects by what they hold
+        Functions are told apart by their code and what it encloses, objects by their repr
     seed : of retraining and of scores that draw
     progress : a progress bar; by default in terminals only
 
@@ -777,7 +778,7 @@ class Store:
         try:
             net.load_state_dict(torch.load(file, weights_only=True, map_location="cpu"))
         except Exception as error:  # a damaged file fails in as many ways as it has bytes
-            raise ValueError(f"{file} is lost or damaged ({error}): delete the folder to start anew") from error
+            raise ValueError(f"{file} is lost or damaged: delete the folder to start anew") from error
 
     def checkpoint(self, stage: int, k: int) -> Path | None:
         return self.folder / f"retrain-{stage}-{k}.ckpt" if self.folder else None
@@ -806,18 +807,21 @@ def _plain(value: Any, name: str) -> Any:
         return _plain([value.func, value.args, value.keywords], name)
     if isinstance(value, type) or inspect.isbuiltin(value):
         return f"{value.__module__}.{value.__qualname__}"
-    if type(value).__repr__ is not object.__repr__ and " at 0x" not in repr(value):
-        networks = [one for one in getattr(value, "__dict__", {}).values() if isinstance(one, nn.Module)]
-        return [repr(value), *map(_digest, networks)]
-    try:
-        if inspect.isfunction(value):
-            within = [inspect.getsource(value), value.__defaults__, inspect.getclosurevars(value).nonlocals]
-        else:
-            within = vars(value)
-    except (OSError, TypeError) as error:
-        raise ValueError(f"{name}: a folder cannot tell {value!r} from another one ({error}): give a function that stands in "
-                         "a file, or no folder") from error
-    return [getattr(value, "__qualname__", type(value).__qualname__), _plain(within, name)]
+    if inspect.isfunction(value):
+        enclosed = _plain(inspect.getclosurevars(value).nonlocals, name)
+        return [value.__qualname__, _code(value.__code__), _plain(value.__defaults__, name), enclosed]
+    if type(value).__repr__ is object.__repr__ or " at 0x" in repr(value):
+        raise ValueError(f"{name}: a folder cannot tell {value!r} from another one: give it a __repr__ that says its "
+                         "settings, or use no folder")
+    networks = [one for one in getattr(value, "__dict__", {}).values() if isinstance(one, nn.Module)]
+    return [repr(value), *map(_digest, networks)]
+
+
+def _code(code: CodeType) -> str:
+    """A digest of what a function does, whatever file and line it stands in."""
+    constants = [_code(one) if isinstance(one, CodeType) else sorted(map(repr, one)) if isinstance(one, frozenset)
+                 else repr(one) for one in code.co_consts]
+    return hashlib.sha256(repr((code.co_code, code.co_names, constants)).encode()).hexdigest()[:16]
 
 
 def _digest(net: nn.Module) -> str:
