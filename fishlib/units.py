@@ -8,13 +8,16 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import functools
 import hashlib
+import inspect
 import json
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
+from types import CodeType
 from typing import Any
 
 import numpy as np
@@ -111,6 +114,8 @@ def lesion(net: nn.Module, data: ImageData, order: str = "single", repeats: int 
     """
     if order not in ORDERS:
         raise ValueError(f"unknown order {order!r}: use one of {', '.join(ORDERS)}")
+    if repeats < 1 or batch_size < 1:
+        raise ValueError(f"repeats={repeats}, batch_size={batch_size}: use at least 1 of each")
     units = units_of(net)
     rows = _lesions(len(units), order, repeats, seed)
     correct = torch.zeros(len(rows), dtype=torch.int64)
@@ -178,7 +183,8 @@ def fisher_score(net: nn.Module, data: ImageData, density: str = "diagonal", pai
     formula : "fisher", or "published" for that of the published code (diagonal only)
     images : number of training images, evenly spaced in the training split
     floor : class variances below this are raised to it, in units of the standardised features: without a floor, pixels
-        that hardly vary within a class would decide alone
+        that hardly vary within a class would decide alone. "full" densities, which are shrunk, need it only in a class
+        where nothing varies
 
     Returns
     -------
@@ -189,7 +195,8 @@ def fisher_score(net: nn.Module, data: ImageData, density: str = "diagonal", pai
     Raises
     ------
     ValueError
-        no units, fewer than two classes, a class with a single image, features that are not finite or do not fit
+        no units, no images, fewer than two classes, a class with a single image, features that are not finite or do not
+        fit into memory
     """
     for name, value, choices in (("density", density, DENSITIES), ("pairs", pairs, PAIRS), ("feature", feature, FEATURES),
                                  ("standardise", standardise, STANDARDISE), ("formula", formula, FORMULAS)):
@@ -200,7 +207,7 @@ def fisher_score(net: nn.Module, data: ImageData, density: str = "diagonal", pai
     if density == "diagonal":
         values = _diagonal_scores(net, data, pairs, feature, standardise, formula, images, floor, batch_size)
     else:
-        values = _density_scores(net, data, density, pairs, feature, standardise, images, seed)
+        values = _density_scores(net, data, density, pairs, feature, standardise, images, floor, seed)
     return _series(net, values, "fisher")
 
 
@@ -232,7 +239,8 @@ def _largest_divergence(moments: Moments, pairs: str, standardise: str, formula:
         share = (moments.counts[present] / moments.counts.sum())[:, None]
         total = (share * (var + (mean - (share * mean).sum(0)).square())).sum(0)
         varies = total > 1e-12
-        mean, var = mean[:, varies] / total[varies].sqrt(), var[:, varies] / total[varies]
+        # The published formula depends on where the features lie, so the mean over all images goes as well.
+        mean, var = (mean - (share * mean).sum(0))[:, varies] / total[varies].sqrt(), var[:, varies] / total[varies]
     var = var.clamp_min(floor)
     if formula == "fisher" and pairs == "all":
         return float(divergence.fisher_divergence_pairs(mean, var).max())
@@ -270,17 +278,26 @@ class Moments:
 
 
 def _density_scores(net: nn.Module, data: ImageData, density: str, pairs: str, feature: str, standardise: str,
-                    images: int, seed: int) -> list[float]:
+                    images: int, floor: float, seed: int) -> list[float]:
     features, labels = collect(net, data, feature, standardise, images)
     classes, reference = labels.unique().tolist(), int(torch.bincount(labels).argmax())
+    widest = max(x.shape[1] for x in features)
+    if density == "full" and 8 * len(classes) * widest**2 > MEMORY:
+        raise ValueError(f"{len(classes)} covariances of {widest:,} {feature} features take over {MEMORY >> 20} MiB: use "
+                         "feature='pooled' or density='diagonal'")
     between = [(p, q) for q in (classes if pairs == "all" else [reference]) for p in classes if p != q]
-    return [max(divergences) for divergences in (_pairwise(x.double(), labels, density, between, seed) for x in features)]
+    varying = (x[:, x.var(0) > 1e-12].double() for x in features)  # the others count nothing
+    return [max(_pairwise(x, labels, density, between, floor, seed)) if x.shape[1] else 0.0 for x in varying]
 
 
-def _pairwise(x: Tensor, labels: Tensor, density: str, between: list[tuple[int, int]], seed: int) -> list[float]:
+def _pairwise(x: Tensor, labels: Tensor, density: str, between: list[tuple[int, int]], floor: float,
+              seed: int) -> list[float]:
     rows = {label: x[labels == label] for label in labels.unique().tolist()}
     if density == "full":
         cov = {label: divergence.shrunk_covariance(one) for label, one in rows.items()}
+        for one in cov.values():
+            if one.trace() == 0:  # nothing varies within the class
+                one.diagonal().fill_(floor)
         mean = {label: one.mean(0) for label, one in rows.items()}
         return [float(divergence.fisher_divergence_gaussian(mean[p], cov[p], mean[q], cov[q])) for p, q in between]
     scores = {label: divergence.fit_score(one.float(), seed=seed) for label, one in rows.items()}
@@ -391,6 +408,9 @@ def _active(net: nn.Module) -> list[nn.Module]:
 
 def _series(net: nn.Module, values: list[float], name: str) -> pd.Series:
     positions = [position for position, unit in enumerate(net.units) if unit.active]
+    if broken := [position for position, value in zip(positions, values, strict=True) if not np.isfinite(value)]:
+        raise ValueError(f"the {name} score of unit {broken[0]} is not finite: the network has NaN or infinite weights, or "
+                         "its input has")
     return pd.Series(values, index=pd.Index(positions, name="unit"), name=name, dtype=float)
 
 
@@ -399,6 +419,8 @@ def _device(net: nn.Module) -> torch.device:
 
 
 def _sample(data: ImageData, images: int, batch_size: int) -> Batches:
+    if images < 1 or batch_size < 1:
+        raise ValueError(f"images={images}, batch_size={batch_size}: use at least 1 of each")
     every = data.batches("train", batch_size, shuffle=False)
     count = len(every.labels)
     chosen = torch.linspace(0, count - 1, min(images, count), dtype=torch.float64).round().long().to(every.labels.device)
@@ -468,19 +490,14 @@ def cluster(scores: Sequence[float], k: int) -> np.ndarray:
     if not 1 <= k <= n:
         raise ValueError(f"k={k} clusters of {n} units: use a k from 1 to {n}")
     order = np.argsort(values, kind="stable")
-    ordered = values[order] - values.mean()
-    sums, squares = (np.concatenate([[0.0], np.cumsum(part)]) for part in (ordered, ordered**2))
-
-    def spread(starts: np.ndarray, end: int) -> np.ndarray:
-        return np.maximum(squares[end] - squares[starts] - (sums[end] - sums[starts]) ** 2 / (end - starts), 0)
-
+    spread = _spreads(values[order])
     best = np.full((k + 1, n + 1), np.inf)  # of the first `end` numbers in `parts` clusters
     best[0, 0] = 0
     split = np.zeros((k + 1, n + 1), dtype=int)
     for parts in range(1, k + 1):
         for end in range(parts, n + 1):
             starts = np.arange(parts - 1, end)
-            totals = best[parts - 1, starts] + spread(starts, end)
+            totals = best[parts - 1, starts] + spread[starts, end]
             split[parts, end] = starts[np.argmin(totals)]
             best[parts, end] = totals.min()
     labels = np.empty(n, dtype=int)
@@ -491,11 +508,28 @@ def cluster(scores: Sequence[float], k: int) -> np.ndarray:
     return labels
 
 
+def _spreads(ordered: np.ndarray) -> np.ndarray:
+    """Entry (start, end): sum of squared distances of ``ordered[start:end]`` to their mean, shape (n, n + 1).
+
+    Each start has its own running mean [Welford 1962]: differences of sums over everything before would lose small
+    clusters beside large numbers.
+    """
+    spread = np.zeros((len(ordered), len(ordered) + 1))
+    for start in range(len(ordered)):
+        mean, total = 0.0, 0.0
+        for size, value in enumerate(ordered[start:].tolist(), 1):
+            difference = value - mean
+            mean += difference / size
+            total += difference * (value - mean)
+            spread[start, start + size] = total
+    return spread
+
+
 def heads(scores: Sequence[float], labels: Sequence[int], head: str = "centroid") -> list[int]:
     """One place of each cluster, in order: the score nearest to the mean ("centroid") or the first place ("lowest").
 
     "centroid" is the definition; "lowest" is what the published code does: the unit nearest to the input. Ties go to the
-    lowest place.
+    lowest place; so it is in every cluster of two, whose members are equally near to their mean.
     """
     if head not in HEADS:
         raise ValueError(f"unknown head {head!r}: use one of {', '.join(HEADS)}")
@@ -503,7 +537,13 @@ def heads(scores: Sequence[float], labels: Sequence[int], head: str = "centroid"
     members = [np.flatnonzero(labels == label) for label in np.unique(labels)]
     if head == "lowest":
         return sorted(int(one[0]) for one in members)
-    return sorted(int(one[np.argmin(np.abs(values[one] - values[one].mean()))]) for one in members)
+    return sorted(int(one[_nearest(values[one])]) for one in members)
+
+
+def _nearest(values: np.ndarray) -> int:
+    """The first of the values that are nearest to their mean, but for rounding."""
+    distance = np.abs(values - values.mean())
+    return int(np.argmax(distance <= distance.min() + 1e-9 * np.abs(values).max()))
 
 
 # The pruning algorithm.
@@ -544,36 +584,39 @@ def prune_units(net: nn.Module, data: ImageData, stages: int = 3, candidates: Se
     ----------
     candidates : numbers of clusters, or shares of the active units between 0 and 1; one list for all stages, or a list of
         lists. Numbers that are not below the number of active units are left out; a stage without any ends the run.
-    score : a name out of `SCORES`, or a function of network and data to a Series indexed by position
+    score : a name out of `SCORES`, or a function of network and data to a Series of every unit, indexed by position
     tolerance : in units of the error, a fraction. The paper's rule is 0: with the training error it favours the largest k.
     head : see `heads`
     retrain : keyword arguments of `fit`; None leaves the weights
     decide : split whose error decides, "validation" or "train" (the paper's)
     compare : "before": candidates are compared as they are cut, and only the chosen one is retrained; "after": each one is
         retrained first, which costs more
-    folder : where each finished stage is kept; with the same arguments the run goes on from there to the same result
+    folder : where each finished stage is kept; with the same arguments the run goes on from there to the same result.
+        Functions are told apart by their code and what it encloses, objects by their repr
     seed : of retraining and of scores that draw
     progress : a progress bar; by default in terminals only
 
     Raises
     ------
     ValueError
-        wrong arguments, a network without units, or a folder of a run with other arguments
+        wrong arguments, a network without units, a folder that is damaged or of a run with other arguments, or one for
+        arguments that cannot be told apart
     """
-    _check_pruning(net, stages, candidates, decide, compare, score)
+    candidates = np.asarray(candidates).tolist() if isinstance(candidates, np.ndarray) else candidates
+    _check_pruning(net, stages, candidates, tolerance, decide, compare, score)
     net = keep(net, range(len(units_of(net)))).to(data.device)
     active = [position for position, unit in enumerate(net.units) if unit.active]
-    settings = {"stages": stages, "candidates": _plain(candidates), "score": _plain(score), "tolerance": tolerance,
-                "head": head, "retrain": _plain(dict(retrain or {})), "decide": decide, "compare": compare, "seed": seed,
-                "data": data.fingerprint, "images": data.size("train"), "split": data.seed, "network": _digest(net)}
-    store = Store(folder, settings)
+    store = Store(folder, {
+        "stages": stages, "candidates": candidates, "score": score, "tolerance": tolerance, "head": head,
+        "retrain": dict(retrain or {}), "decide": decide, "compare": compare, "seed": seed, "data": data.fingerprint,
+        "images": data.size("train"), "split": data.seed, "network": _digest(net)})
     done = store.load()
     if not done:
         done = [{"kept": active, "scores": [], "candidates": [_measure(keep(net, active), active, data)
                                                               | {"stage": -1, "chosen": True}]}]
         store.save(done, keep(net, active))
     current = keep(net, done[-1]["kept"])
-    current.load_state_dict(store.weights(len(done) - 1) or current.state_dict())
+    store.restore(current, len(done) - 1)
     rule = Rule(score, tolerance, head, dict(retrain or {}), decide, compare, seed)
     with _bar(stages, len(done) - 1, progress) as bar:
         for stage in range(len(done) - 1, stages):
@@ -604,7 +647,7 @@ class Rule:
 def _stage(net: nn.Module, kept: list[int], data: ImageData, stage: int, ks: list[int], rule: Rule,
            store: Store) -> tuple[dict[str, Any], nn.Module]:
     if callable(rule.score):
-        scores = rule.score(net, data)
+        scores = _check_scores(rule.score(net, data), len(kept))
     else:
         scores = SCORES[rule.score](net, data, seed=rule.seed + stage)
     clusters = {k: cluster(scores.to_numpy(), k) for k in ks}
@@ -634,6 +677,14 @@ def _stage(net: nn.Module, kept: list[int], data: ImageData, stage: int, ks: lis
     return {"kept": rows[chosen]["kept"], "scores": table, "candidates": list(rows.values())}, smaller[chosen]
 
 
+def _check_scores(scores: Any, count: int) -> pd.Series:
+    if not isinstance(scores, pd.Series) or sorted(scores.index) != list(range(count)):
+        given = f"of {list(scores.index)}" if isinstance(scores, pd.Series) else f"a {type(scores).__name__}"
+        raise ValueError(f"the score gave {given}: let it give a pandas Series with one value for each of the units 0 to "
+                         f"{count - 1}, indexed by them")
+    return scores.sort_index()
+
+
 def choose(errors: Mapping[int, float], tolerance: float = 0.0) -> int:
     """The smallest k whose error is at most `tolerance` above the least one."""
     least = min(errors.values())
@@ -649,17 +700,20 @@ def _measure(net: nn.Module, kept: list[int], data: ImageData) -> dict[str, Any]
         "macs": counted.macs, "flops": counted.flops}
 
 
-def _check_pruning(net: nn.Module, stages: int, candidates: Sequence, decide: str, compare: str, score: Any) -> None:
+def _check_pruning(net: nn.Module, stages: int, candidates: Sequence, tolerance: float, decide: str, compare: str,
+                   score: Any) -> None:
     count = len(units_of(net))
     if stages < 1:
         raise ValueError(f"stages={stages}: use at least 1")
+    if not tolerance >= 0:
+        raise ValueError(f"tolerance={tolerance}: use an error of at least 0, such as 0.01")
     if decide not in ("train", "validation"):
         raise ValueError(f"decide={decide!r}: use 'train' or 'validation'; the test split decides nothing")
     if compare not in ("before", "after"):
         raise ValueError(f"compare={compare!r}: use 'before' or 'after'")
     if not callable(score) and score not in SCORES:
         raise ValueError(f"unknown score {score!r}: use one of {', '.join(SCORES)}")
-    if len(candidates) == 0 or (_nested(candidates) and len(candidates) < stages):
+    if not isinstance(candidates, Sequence) or len(candidates) == 0 or (_nested(candidates) and len(candidates) < stages):
         raise ValueError(f"candidates {candidates!r}: give numbers or shares, or {stages} lists of them")
     for value in [one for part in candidates for one in (part if _nested(candidates) else [part])]:
         if isinstance(value, float) and not 0 < value < 1:
@@ -679,14 +733,15 @@ def _candidates(candidates: Sequence, stage: int, active: int) -> list[int]:
 
 
 class Store:
-    """The folder of a pruning run: settings and record in record.json, weights of each stage beside it.
+    """The folder of a pruning run: settings and record in record.json, weights of each stage beside it; or no folder.
 
     Weights are written before the record that counts them, each file in one step, so that a run that was stopped anywhere
     finds a whole stage.
     """
 
     def __init__(self, folder: str | Path | None, settings: dict[str, Any]):
-        self.folder, self.settings = Path(folder) if folder else None, settings
+        self.folder = Path(folder) if folder else None
+        self.settings = {name: _plain(value, name) for name, value in settings.items()} if folder else {}
 
     def load(self) -> list[dict[str, Any]]:
         """The finished stages; ValueError for the folder of a run with other settings."""
@@ -715,10 +770,15 @@ class Store:
         for checkpoint in self.folder.glob("retrain-*.ckpt"):
             checkpoint.unlink()
 
-    def weights(self, stage: int) -> dict[str, Tensor] | None:
+    def restore(self, net: nn.Module, stage: int) -> None:
+        """Load the weights of a finished stage into its network; ValueError if they are lost or damaged."""
         if not self.folder:
-            return None
-        return torch.load(self.folder / f"stage-{stage}.pt", weights_only=True, map_location="cpu")
+            return
+        file = self.folder / f"stage-{stage}.pt"
+        try:
+            net.load_state_dict(torch.load(file, weights_only=True, map_location="cpu"))
+        except Exception as error:  # a damaged file fails in as many ways as it has bytes
+            raise ValueError(f"{file} is lost or damaged: delete the folder to start anew") from error
 
     def checkpoint(self, stage: int, k: int) -> Path | None:
         return self.folder / f"retrain-{stage}-{k}.ckpt" if self.folder else None
@@ -733,13 +793,35 @@ def _replace(path: Path, write: Callable[[Path], Any]) -> None:
         partial.unlink(missing_ok=True)
 
 
-def _plain(value: Any) -> Any:
-    """Settings as JSON holds them, so that a stored one compares equal."""
-    if callable(value):
-        return getattr(value, "__qualname__", repr(type(value)))
+def _plain(value: Any, name: str) -> Any:
+    """A setting as JSON holds it, so that a stored one compares equal; ValueError for what cannot be told apart."""
+    if value is None or isinstance(value, bool | int | float | str):
+        return value
     if isinstance(value, Mapping):
-        return {str(key): _plain(one) for key, one in value.items()}
-    return [_plain(one) for one in value] if isinstance(value, list | tuple | range) else value
+        return {str(key): _plain(one, f"{name}[{key!r}]") for key, one in value.items()}
+    if isinstance(value, list | tuple | range):
+        return [_plain(one, f"{name}[{place}]") for place, one in enumerate(value)]
+    if isinstance(value, nn.Module):
+        return [type(value).__qualname__, _digest(value)]
+    if isinstance(value, functools.partial):
+        return _plain([value.func, value.args, value.keywords], name)
+    if isinstance(value, type) or inspect.isbuiltin(value):
+        return f"{value.__module__}.{value.__qualname__}"
+    if inspect.isfunction(value):
+        enclosed = _plain(inspect.getclosurevars(value).nonlocals, name)
+        return [value.__qualname__, _code(value.__code__), _plain(value.__defaults__, name), enclosed]
+    if type(value).__repr__ is object.__repr__ or " at 0x" in repr(value):
+        raise ValueError(f"{name}: a folder cannot tell {value!r} from another one: give it a __repr__ that says its "
+                         "settings, or use no folder")
+    networks = [one for one in getattr(value, "__dict__", {}).values() if isinstance(one, nn.Module)]
+    return [repr(value), *map(_digest, networks)]
+
+
+def _code(code: CodeType) -> str:
+    """A digest of what a function does, whatever file and line it stands in."""
+    constants = [_code(one) if isinstance(one, CodeType) else sorted(map(repr, one)) if isinstance(one, frozenset)
+                 else repr(one) for one in code.co_consts]
+    return hashlib.sha256(repr((code.co_code, code.co_names, constants)).encode()).hexdigest()[:16]
 
 
 def _digest(net: nn.Module) -> str:

@@ -1,5 +1,6 @@
 """Lesions, scores, clusters and the pruning of units."""
 
+import copy
 import functools
 import itertools
 
@@ -9,8 +10,9 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from pytorch_lightning.callbacks import Timer
 
-from fishlib import divergence, nets, training, units
+from fishlib import divergence, nets, penalty, training, units
 from fishlib.data import ImageData
 
 QUICK = {"epochs": 1, "optimizer": "sgd", "lr": 0.05}
@@ -115,7 +117,7 @@ def direct_score(net, data, images, formula=divergence.fisher_divergence, pairs=
             within = sum((labels == c).double().mean() * t[labels == c].var(0) for c in range(10))
             between = sum((labels == c).double().mean() * (t[labels == c].mean(0) - t.mean(0)) ** 2 for c in range(10))
             total = within + between
-            t = t[:, total > 1e-12] / total[total > 1e-12].sqrt()
+            t = (t - t.mean(0))[:, total > 1e-12] / total[total > 1e-12].sqrt()
         mean = torch.stack([t[labels == c].mean(0) for c in range(10)])
         var = torch.stack([t[labels == c].var(0) for c in range(10)]).clamp_min(floor)
         reference = int(torch.bincount(labels).argmax())
@@ -135,6 +137,14 @@ def test_pooled_and_published_scores_are_the_direct_ones(net, data):
                        direct_score(net, data, 200, pooled=True), rtol=1e-3)
     assert np.allclose(units.fisher_score(net, data, images=200, **units.PUBLISHED),
                        direct_score(net, data, 200, divergence.published_divergence, "reference", "sample"), rtol=1e-3)
+
+
+def test_published_formula_alone_is_the_direct_one_of_standardised_features(net, data):
+    shifted = units.keep(net, range(6))
+    torch.nn.init.constant_(shifted.units[5].bn2.bias, 10)  # nothing reads the last maps but the head
+    found = units.fisher_score(shifted, data, images=200, formula="published")
+    assert np.allclose(found, direct_score(shifted, data, 200, divergence.published_divergence), rtol=1e-3)
+    assert found[5] == pytest.approx(units.fisher_score(net, data, images=200, formula="published")[5], rel=1e-3)
 
 
 def test_moments_are_those_of_all_rows_also_far_from_zero():
@@ -190,10 +200,25 @@ def test_taylor_score_is_the_squared_slope_of_the_loss_along_alpha(net, data):
     assert units.taylor_score(net, batch)[place] == pytest.approx(np.mean(np.square(slopes)), rel=1e-2)
 
 
-def test_score_of_a_constant_unit_is_zero(net, data):
-    other = units.keep(net, range(6))
-    torch.nn.init.zeros_(other.units[4].bn2.weight)
-    assert units.fisher_score(other, data)[4] == 0
+@pytest.mark.parametrize("density", units.DENSITIES)
+def test_score_of_a_constant_unit_is_zero(density, net, data):
+    other = units.keep(net, [3, 4])
+    torch.nn.init.zeros_(other.units[1].bn2.weight)
+    found = units.fisher_score(other, Labelled(data, [0, 1] * 30), density=density, feature="pooled", images=60)
+    assert found[1] == 0
+    assert found[0] > 0
+
+
+def test_full_density_of_a_class_in_which_nothing_varies_takes_the_floor(monkeypatch):
+    x = torch.cat([torch.zeros(20, 2), torch.tensor([[1.0, 2.0], [3.0, 1.0], [2.0, 2.0]] * 10)])
+    labels = torch.tensor([0] * 20 + [1] * 30)
+    monkeypatch.setattr(units, "collect", lambda *_: ([x], labels))
+    cov = divergence.shrunk_covariance(x[20:].double())
+    means = torch.zeros(2, dtype=torch.float64), x[20:].double().mean(0)
+    expected = max(divergence.fisher_divergence_gaussian(means[0], 0.01 * torch.eye(2, dtype=torch.float64), means[1], cov),
+                   divergence.fisher_divergence_gaussian(means[1], cov, means[0], 0.01 * torch.eye(2, dtype=torch.float64)))
+    (found,) = units._density_scores(None, None, "full", "all", "pooled", "feature", 50, 0.01, 0)
+    assert found == pytest.approx(float(expected))
 
 
 @pytest.mark.parametrize("score", [units.fisher_score, units.energy_score])
@@ -227,9 +252,32 @@ def test_unknown_names_are_answered_with_the_known_ones(net, data):
 
 
 def test_features_that_do_not_fit_are_refused_before_memory_runs_out(net, data, monkeypatch):
-    monkeypatch.setattr(units, "MEMORY", 1000)
-    with pytest.raises(ValueError, match="feature='pooled'"):
-        units.fisher_score(net, data, density="full", feature="flat")
+    with monkeypatch.context() as patch:
+        patch.setattr(units, "MEMORY", 1000)
+        with pytest.raises(ValueError, match="feature='pooled'"):
+            units.fisher_score(net, data, density="full", feature="flat")
+    # 60 images of 4 x 8 x 8 numbers are 60 KiB, their ten covariances 5 MiB.
+    monkeypatch.setattr(units, "MEMORY", 1 << 20)
+    with pytest.raises(ValueError, match="10 covariances of 256 flat features"):
+        units.fisher_score(net, Labelled(data, list(range(10)) * 6), density="full", feature="flat", images=60)
+
+
+@pytest.mark.parametrize(("call", "wrong", "message"), [
+    (units.fisher_score, {"images": 0}, "images=0"), (units.fisher_score, {"batch_size": 0}, "batch_size=0"),
+    (units.fisher_score, {"images": -5}, "images=-5"), (units.energy_score, {"images": 0}, "images=0"),
+    (units.taylor_score, {"images": 0}, "images=0"), (units.lesion, {"batch_size": 0}, "batch_size=0"),
+    (units.lesion, {"order": "random", "repeats": 0}, "repeats=0")])
+def test_no_images_no_batches_and_no_repeats_are_named(call, wrong, message, net, data):
+    with pytest.raises(ValueError, match=message):
+        call(net, data, **wrong)
+
+
+@pytest.mark.parametrize("score", [units.taylor_score, units.norm_score])
+def test_scores_that_are_not_finite_name_the_unit(score, net, data):
+    broken = units.keep(net, range(6))
+    torch.nn.init.constant_(broken.units[2].conv1.weight, float("nan"))
+    with pytest.raises(ValueError, match=rf"{score.__name__.removesuffix('_score')} score of unit \d is not finite"):
+        score(broken, data)
 
 
 # Clusters
@@ -252,6 +300,21 @@ def test_clusters_are_the_best_of_all_partitions(values, draw):
     labels = units.cluster(values, k)
     assert set(labels.tolist()) == set(range(k))
     assert spread(values, labels) <= min(spread(values, one) for one in partitions(len(values), k)) + 1e-8
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.lists(st.builds(lambda digits, power: digits * 10.0**power, st.integers(-99, 99), st.integers(-6, 9)), min_size=1,
+                max_size=5), st.data())
+def test_clusters_of_mixed_magnitudes_are_the_best_of_all_partitions(values, draw):
+    k = draw.draw(st.integers(1, len(values)))
+    least = min(spread(values, one) for one in partitions(len(values), k))
+    assert spread(values, units.cluster(values, k)) <= least * (1 + 1e-9) + 1e-30
+
+
+@pytest.mark.parametrize(("values", "labels"), [
+    ([0.0, 0.1, 0.3, 1e8], [0, 0, 1, 2]), ([5.0, 5.2, 9.0, 1e5, 3e9], [0, 0, 1, 2, 3])])
+def test_small_clusters_beside_large_numbers_are_kept_apart(values, labels):
+    assert units.cluster(values, max(labels) + 1).tolist() == labels
 
 
 @settings(max_examples=50, deadline=None)
@@ -282,6 +345,11 @@ def test_heads_are_nearest_to_the_centroid_or_lowest():
     assert units.heads(scores, labels, "lowest") == [0, 1]
     with pytest.raises(ValueError, match="unknown head"):
         units.heads(scores, labels, "x")
+
+
+@given(st.lists(st.floats(1e-3, 1e6), min_size=2, max_size=2), st.permutations([0, 1]))
+def test_of_two_members_the_lowest_place_is_the_head(pair, order):
+    assert units.heads([pair[place] for place in order], [0, 0]) == [0]
 
 
 # Pruning
@@ -318,6 +386,13 @@ def test_pruning_follows_the_score_and_its_clusters(net, data):
     assert pruned.kept == [1, 2, 4]
     pruned = units.prune_units(net, data, stages=1, candidates=[3], score=score, head="lowest")
     assert pruned.kept == [0, 1, 4]
+
+
+def test_candidates_may_be_an_array_and_a_score_in_any_order(net, data):
+    def score(net, data):
+        return pd.Series([0.0, 5.0, 0.1, 5.1, 10.0, 0.2])[::-1]
+
+    assert units.prune_units(net, data, stages=1, candidates=np.array([3, 6]), score=score).kept == [1, 2, 4]
 
 
 def test_shares_are_of_the_active_units_and_a_stage_without_candidates_ends_the_run(net, data):
@@ -380,15 +455,54 @@ def test_folder_of_another_or_a_damaged_run_is_refused(net, data, tmp_path):
     run(candidates=[3])
     with pytest.raises(ValueError, match="other settings"):
         run(candidates=[4])
+    content = (tmp_path / "record.json").read_text()
     (tmp_path / "record.json").write_text("{")
     with pytest.raises(ValueError, match="damaged"):
         run(candidates=[3])
+    (tmp_path / "record.json").write_text(content)
+    (tmp_path / "stage-1.pt").write_bytes(b"x" * 100)
+    with pytest.raises(ValueError, match=r"stage-1.pt is lost or damaged: delete the folder"):
+        run(candidates=[3])
+    (tmp_path / "stage-1.pt").unlink()
+    with pytest.raises(ValueError, match=r"stage-1.pt is lost or damaged"):
+        run(candidates=[3])
+
+
+def scaled(factor):
+    def score(net, data):
+        return pd.Series(factor * np.arange(len(net.units), dtype=float))
+
+    return score
+
+
+@pytest.mark.parametrize(("one", "other"), [
+    ({"score": lambda net, data: units.norm_score(net)}, {"score": lambda net, data: 2 * units.norm_score(net)}),
+    ({"score": scaled(1)}, {"score": scaled(2)}),
+    ({"score": functools.partial(units.random_score, seed=1)}, {"score": functools.partial(units.random_score, seed=2)}),
+    ({"retrain": QUICK | {"callbacks": [penalty.L2(0.1)]}}, {"retrain": QUICK | {"callbacks": [penalty.L2(0.2)]}})])
+def test_runs_of_other_functions_and_objects_are_told_apart(one, other, net, data, tmp_path):
+    run = functools.partial(units.prune_units, net, data, stages=1, candidates=[3], folder=tmp_path)
+    first = run(**{"score": "norm"} | copy.deepcopy(one))  # training leaves traces in a callback
+    assert run(**{"score": "norm"} | copy.deepcopy(one)).kept == first.kept
+    with pytest.raises(ValueError, match="other settings"):
+        run(**{"score": "norm"} | other)
+
+
+def test_what_cannot_be_told_apart_is_refused_before_anything_is_written(net, data, tmp_path):
+    with pytest.raises(ValueError, match=r"retrain\['callbacks'\]\[0\]: a folder cannot tell <.*Timer"):
+        units.prune_units(net, data, candidates=[3], folder=tmp_path, retrain=QUICK | {"callbacks": [Timer("00:01:00:00")]})
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize(("wrong", "message"), [
     ({"candidates": [7]}, "the network has 6 units"), ({"candidates": [1.5]}, "a share lies between"),
     ({"candidates": []}, "give numbers or shares"), ({"stages": 0}, "stages=0"), ({"decide": "test"}, "test split"),
-    ({"compare": "x"}, "'before' or 'after'"), ({"score": "x"}, "use one of fisher"), ({"head": "x"}, "unknown head")])
+    ({"compare": "x"}, "'before' or 'after'"), ({"score": "x"}, "use one of fisher"), ({"head": "x"}, "unknown head"),
+    ({"tolerance": -0.1}, "tolerance=-0.1"), ({"tolerance": float("nan")}, "tolerance=nan"),
+    ({"candidates": 2}, "candidates 2: give numbers"), ({"candidates": np.array([9])}, "candidate k=9"),
+    ({"score": lambda net, data: pd.Series([1.0, 2.0])}, r"of \[0, 1\]: let it give .* units 0 to 5"),
+    ({"score": lambda net, data: pd.Series(range(8))}, "units 0 to 5"),
+    ({"score": lambda net, data: [1.0] * 6}, "gave a list")])
 def test_wrong_arguments_of_pruning_are_named(net, data, wrong, message):
     with pytest.raises(ValueError, match=message):
         units.prune_units(net, data, **{"stages": 1, "candidates": [3], "score": "norm"} | wrong)
