@@ -212,11 +212,11 @@ def fit(net: nn.Module, data: ImageData, *, epochs: int = 10, optimizer: str | C
     Raises
     ------
     ValueError
-        an unknown name, fewer than one epoch, or a checkpoint of a run with other settings
+        an unknown name, fewer than one epoch, a penalty that is none, or a checkpoint of a run with other settings
     FloatingPointError
         the loss is no longer finite
     """
-    _check(epochs, optimizer, schedule, precision)
+    _check(epochs, optimizer, schedule, precision, penalty)
     net = copy.deepcopy(net).train()  # Lightning would keep the mode that it finds, and BatchNorm its old statistics
     if lr is None:
         lr = optimizer(copy.deepcopy(net)).param_groups[0]["lr"] if callable(optimizer) else LEARNING_RATES[optimizer]
@@ -245,9 +245,12 @@ def fit(net: nn.Module, data: ImageData, *, epochs: int = 10, optimizer: str | C
     return net.to(data.device).eval(), pd.DataFrame(module.history)
 
 
-def _check(epochs: int, optimizer: str | Callable, schedule: str, precision: str) -> None:
+def _check(epochs: int, optimizer: str | Callable, schedule: str, precision: str, penalty: Any) -> None:
     if epochs < 1:
         raise ValueError(f"epochs={epochs}: use at least 1")
+    if penalty is not None and (isinstance(penalty, type) or not (callable(penalty) or hasattr(penalty, "objective"))):
+        raise ValueError(f"penalty={penalty!r} is not a penalty: use an object, such as fishlib.penalty.FisherTrace(0.005) or "
+                         "fishlib.penalty.named('fisher_trace', 0.005)")
     for name, value, choices in (("optimizer", optimizer, tuple(OPTIMIZERS)), ("schedule", schedule, SCHEDULES),
                                  ("precision", precision, PRECISIONS)):
         if not callable(value) and value not in choices:

@@ -1,13 +1,14 @@
 """The penalties against slow oracles: sums over images and classes in float64, explicit steps, training runs."""
 
 import copy
+from functools import partial
 
 import pytest
 import torch
 from torch import nn
 from torch.nn import functional as F
 
-from fishlib import nets, penalty
+from fishlib import codec, nets, penalty
 from fishlib.data import ImageData
 from fishlib.training import fit
 
@@ -26,6 +27,18 @@ class Tied(nn.Module):
         return self.head(self.inner(torch.tanh(self.inner(images.flatten(1)))))
 
 
+class Tokens(nn.Module):
+    """A linear layer on several rows of each image: their number need not be the number of images."""
+
+    def __init__(self):
+        super().__init__()
+        self.embed, self.head = nn.Linear(8, 3), nn.Linear(3, 3)
+
+    def forward(self, images):
+        rows = self.embed(images.reshape(-1, 2, 8).flatten(0, 1))
+        return self.head(torch.tanh(rows.view(len(images), 2, 3)).mean(1))
+
+
 def networks():
     torch.manual_seed(0)
     shape = (1, 4, 4)
@@ -35,6 +48,8 @@ def networks():
         "convolution": nn.Sequential(nn.Conv2d(1, 4, 3), nn.Tanh(), nn.Flatten(), nn.Linear(16, 3, bias=False)),
         "tied": Tied(),
         "normalised": nn.Sequential(nn.Conv2d(1, 3, 3), nn.BatchNorm2d(3), nn.ReLU(), nn.Flatten(), nn.Linear(12, 3)).eval(),
+        "tokens": Tokens(),
+        "batch statistics": nn.Sequential(nn.Flatten(), nn.Linear(16, 6), nn.BatchNorm1d(6), nn.Tanh(), nn.Linear(6, 3)),
     }
 
 
@@ -47,8 +62,7 @@ def batch(count=6, classes=3):
 def exact_trace(net, images, threat):
     """Mean over images and sum over classes of p(c) sum_i S_i g_i^2, one image and class at a time."""
     parameters, total = list(net.parameters()), 0.0
-    for image in images:
-        logp = net(image[None]).log_softmax(1)[0]
+    for logp in net(images).log_softmax(1):  # together, since batch statistics belong to all of them
         for c in range(len(logp)):
             score = torch.autograd.grad(logp[c], parameters, retain_graph=True, create_graph=True)
             total = total + logp[c].exp() * sum((threat(p) * g.square()).sum()
@@ -65,6 +79,24 @@ def test_the_trace_is_unbiased_within_four_standard_errors(name, threat):
                          for _ in range(150)])
     expected = exact_trace(net, images, THREATS[threat]).detach()
     assert (draws.mean() - expected).abs() < 4 * draws.std() / len(draws) ** 0.5
+
+
+def test_only_linear_layers_in_front_of_batch_statistics_lose_the_closed_form():
+    net, (images, _) = networks()["batch statistics"].double(), batch()
+
+    def deviations(net):
+        torch.manual_seed(2)
+        draws = [penalty.fisher_trace(net, images) for _ in range(50)]
+        return {name: torch.stack([draw[name].detach() for draw in draws]).std().item() for name in draws[0]}
+
+    trained, fixed = deviations(net.train()), deviations(net.eval())
+    assert trained["1.weight"] > 3 * fixed["1.weight"]
+    labels_only = penalty.fisher_trace(net.train(), images, generator=torch.Generator().manual_seed(3))["4.weight"]
+    labels = torch.multinomial(net(images).softmax(1), 1, generator=torch.Generator().manual_seed(3))[:, 0]
+    logp = net(images).log_softmax(1)
+    squares = sum(torch.autograd.grad(logp[n, labels[n]], net[4].weight, retain_graph=True)[0].square().sum()
+                  for n in range(len(images)))
+    torch.testing.assert_close(labels_only, squares / len(images))
 
 
 def test_linear_layers_sum_squares_of_single_images_and_their_gradient_is_exact():
@@ -197,6 +229,22 @@ def test_distillation_vanishes_at_the_teacher_and_never_changes_it():
     assert all(torch.equal(value, before[key]) for key, value in teacher.state_dict().items())
 
 
+@pytest.mark.parametrize("make", [penalty.SAM, lambda **schedule: penalty.NoisyWeights(0.3, **schedule)])
+def test_training_at_other_weights_follows_a_schedule_without_growing_its_radius(make):
+    net, (images, labels) = networks()["mlp"].double(), batch()
+
+    def loss(step, **schedule):
+        term = make(**schedule)
+        term.steps, term.step = 80, step
+        torch.manual_seed(7)
+        return term.objective(net, images, labels, net(images), F.cross_entropy).item()
+
+    plain = F.cross_entropy(net(images), labels).item()
+    assert loss(1, every=4) == loss(0, warmup=0.5) == plain
+    assert loss(4, every=4) == loss(40, warmup=0.5) == loss(4)
+    assert abs(loss(1, warmup=0.5) - plain) < abs(loss(4) - plain)
+
+
 def test_the_schedule_keeps_the_mean_strength_and_rises_from_zero():
     term = penalty.L2(0.5, every=4, warmup=0.5)
     term.steps = 80
@@ -209,12 +257,29 @@ def test_the_schedule_keeps_the_mean_strength_and_rises_from_zero():
     assert not any(strengths[1:4])
 
 
-@pytest.mark.parametrize("make", [lambda: penalty.L2(-1), lambda: penalty.L2(float("nan")), lambda: penalty.L2(1, every=0),
-                                  lambda: penalty.L2(1, warmup=2), lambda: penalty.FisherTrace(1, "wind"),
-                                  lambda: penalty.FisherTrace(1, share=0), lambda: penalty.FisherWeighted(1, "tea leaves"),
-                                  lambda: penalty.named("prayer", 1), lambda: penalty.named("distillation", 1)])
-def test_a_bad_value_is_named(make):
-    with pytest.raises(ValueError, match=r"use|share|needs"):
+BAD = {
+    "strength": [lambda: penalty.L2(-1), lambda: penalty.L2(float("nan")), lambda: penalty.L2(float("inf"))],
+    "every": [lambda: penalty.L2(1, every=0), lambda: penalty.L2(1, every=1.5)],
+    "warmup": [lambda: penalty.L2(1, warmup=2)],
+    "threat": [lambda: penalty.FisherTrace(1, "wind")],
+    "share": [lambda: penalty.FisherTrace(1, share=0), lambda: penalty.GradientNorm(1, share=1.5)],
+    "source": [lambda: penalty.FisherWeighted(1, "tea leaves")],
+    "refresh": [lambda: penalty.FisherWeighted(1, "diagonal", 0)],
+    "bits": [lambda: penalty.quantization(0), lambda: penalty.round_to(0), lambda: penalty.round_to(2.5)],
+    "temperature": [lambda: penalty.Distillation(1, nn.Flatten(), temperature=0)],
+    "sigma": [lambda: penalty.KLNoise(1, sigma=0), lambda: penalty.KLNoise(1, sigma=-0.1)],
+    "rho": [lambda: penalty.SAM(-1)],
+    "amount": [lambda: penalty.NoisyWeights(2, "deletion"), lambda: penalty.NoisyWeights(-0.1)],
+    "decay": [lambda: penalty.FisherQuantization(decay=2)],
+    "constant": [lambda: penalty.FisherQuantization(constant=-1)],
+    "penalty": [lambda: penalty.named("prayer", 1)],
+    "teacher": [lambda: penalty.named("distillation", 1)],
+}
+
+
+@pytest.mark.parametrize(("name", "make"), [(name, make) for name, makes in BAD.items() for make in makes])
+def test_a_bad_value_is_named_with_the_good_ones(name, make):
+    with pytest.raises(ValueError, match=rf"{name}.*(use|it is a share|give)"):
         make()
 
 
@@ -240,15 +305,62 @@ def test_every_penalty_trains(digits, name, optimizer):
 def test_penalties_of_the_loss_work_with_any_optimizer_and_one_of_adam_says_what_it_needs(digits):
     fit(small(digits), digits, epochs=1, optimizer="sgd", penalty=penalty.FisherTrace(1e-3))
     fit(small(digits), digits, epochs=1, optimizer="sgd", penalty=penalty.FisherQuantization())
-    with pytest.raises(ValueError, match="second moments"):
+    with pytest.raises(ValueError, match="keeps no second moments"):
         fit(small(digits), digits, epochs=1, optimizer="sgd", penalty=penalty.FisherWeighted(1.0))
 
 
-def test_bfloat16_trains_through_the_double_backward(digits):
+@pytest.mark.parametrize("source", ["adam", "diagonal"])
+def test_a_group_of_frozen_parameters_is_passed_over(digits, source):
+    def make(net):
+        net[1].requires_grad_(False)
+        return torch.optim.Adam([{"params": net[1].parameters()}, {"params": net[3].parameters()}], 1e-2)
+
+    net = small(digits)
+    trained, _ = fit(net, digits, epochs=1, optimizer=make, penalty=penalty.FisherWeighted(1.0, source))
+    assert torch.equal(trained[1].weight, net[1].weight)
+    assert not torch.equal(trained[3].weight, net[3].weight)
+
+
+def test_weights_that_the_optimizer_does_not_hold_are_not_pulled(digits):
+    net = small(digits)
+    trained, _ = fit(net, digits, epochs=1, optimizer=lambda net: torch.optim.Adam(net[3].parameters(), 1e-2),
+                     penalty=penalty.FisherQuantization(1.0))
+    assert torch.equal(trained[1].weight, net[1].weight)
+
+
+def test_a_decay_that_enters_the_moments_of_adam_is_refused(digits):
+    with pytest.raises(ValueError, match=r"Adam adds weight_decay=0.1 .* use optimizer='adamw'"):
+        fit(small(digits), digits, epochs=1, weight_decay=0.1, penalty=penalty.FisherWeighted(1.0))
+
+
+@pytest.mark.parametrize("name", [name for name in penalty.NAMES if name != "none"])
+def test_every_penalty_trains_in_bfloat16(digits, name):
     torch.manual_seed(0)
     net = nets.small_cnn(10, digits.shape, width=4)
-    _, history = fit(net, digits, epochs=2, precision="bfloat16", penalty=penalty.FisherTrace(1e-3))
+    _, history = fit(net, digits, epochs=2, precision="bfloat16", penalty=penalty.named(name, 1e-3, teacher=net))
     assert history.train_loss.iloc[-1] < history.train_loss.iloc[0]
+
+
+class Spare(nn.Module):
+    """A network with a layer that is switched off, and one behind it that stays out of the outputs."""
+
+    def __init__(self, data):
+        super().__init__()
+        self.used, self.unused, self.ignored = small(data), nn.Linear(4, 4), nn.Linear(64, 4)
+
+    def forward(self, images):
+        self.ignored(images.flatten(1))
+        return self.used(images)
+
+
+@pytest.mark.parametrize("name", [name for name in penalty.NAMES if name != "none"])
+def test_parameters_that_the_outputs_do_not_depend_on_get_no_penalty(digits, name):
+    torch.manual_seed(0)
+    net = Spare(digits)
+    trained, _ = fit(net, digits, epochs=1, penalty=penalty.named(name, 1e-2, teacher=net))
+    assert not torch.equal(trained.used[1].weight, net.used[1].weight)
+    if name not in ("l2", "kl_noise", "weight_noise", "weight_deletion", "sam"):
+        assert torch.equal(trained.unused.weight, net.unused.weight)
 
 
 class Step(nn.Module):
@@ -305,7 +417,7 @@ def test_the_weighted_form_is_a_proximal_step_that_never_enters_the_moments(digi
             return loss
 
     def make(net):
-        return Keep(net.parameters(), 1e-2, weight_decay=0.1)
+        return Keep(net.parameters(), 1e-2, weight_decay=0.1 if optimizer == "adamw" else 0)
 
     fit(small(batches), batches, epochs=3, optimizer=make, schedule="constant")
     plain = seen.copy()
@@ -330,6 +442,18 @@ def test_quantisation_pulls_weights_to_their_levels(digits):
     assert distance(pulled) < 0.5 * distance(plain)
 
 
+@pytest.mark.parametrize("name", codec.QUANTIZERS)
+def test_a_quantiser_of_the_codec_gives_the_levels_to_pull_to(digits, name):
+    net, pull = small(digits), penalty.FisherQuantization(2.0, partial(codec.QUANTIZERS[name], bits=3), constant=1.0)
+    levels = {key: codec.QUANTIZERS[name](w.detach(), 3) for key, w in net.named_parameters() if w.ndim > 1}
+    for w in net.parameters():
+        w.grad = torch.zeros_like(w)
+    pull.pull(torch.optim.SGD(net.parameters(), 0.5), net, pull.strength)  # lr strength (0 + c) = 1: the whole way
+    for key, goal in levels.items():
+        torch.testing.assert_close(net.get_parameter(key).detach(), goal)
+    assert f"quantize={name}(bits=3)" in repr(pull)
+
+
 @pytest.mark.parametrize("make", [lambda: penalty.FisherTrace(1e-2, every=2, warmup=0.5), penalty.FisherQuantization])
 def test_a_resumed_run_ends_as_an_uninterrupted_one(digits, tmp_path, make):
     class Stop(Exception):
@@ -345,6 +469,16 @@ def test_a_resumed_run_ends_as_an_uninterrupted_one(digits, tmp_path, make):
         fit(small(digits), digits, epochs=4, penalty=make(), checkpoint=tmp_path / "run", callbacks=[StopAfter()])
     resumed, _ = fit(small(digits), digits, epochs=4, penalty=make(), checkpoint=tmp_path / "run")
     assert all(torch.equal(a, b) for a, b in zip(whole.parameters(), resumed.parameters(), strict=True))
+
+
+@pytest.mark.parametrize("name", [name for name in penalty.NAMES if name != "none"])
+def test_the_same_object_can_go_on_from_its_checkpoint(digits, tmp_path, name):
+    chosen = penalty.named(name, 1e-2, teacher=small(digits))
+    before = repr(chosen)
+    first, _ = fit(small(digits), digits, epochs=1, penalty=chosen, checkpoint=tmp_path / "run")
+    again, _ = fit(small(digits), digits, epochs=1, penalty=chosen, checkpoint=tmp_path / "run")
+    assert all(torch.equal(a, b) for a, b in zip(first.parameters(), again.parameters(), strict=True))
+    assert repr(chosen) == before
 
 
 def test_a_penalty_used_again_starts_anew(digits):
@@ -367,6 +501,16 @@ def test_a_penalty_that_is_not_finite_stops_with_step_term_and_value(digits):
 
     with pytest.raises(FloatingPointError, match=r"step 2: Blow\(strength=0.01.* became inf"):
         fit(small(digits), digits, epochs=1, penalty=Blow(0.01))
+
+
+def test_outputs_from_which_no_label_can_be_drawn_stop_the_run(digits):
+    with pytest.raises(FloatingPointError, match=r"step \d+: the outputs under FisherTrace.* became nan: lower its"):
+        fit(small(digits), digits, epochs=1, optimizer="sgd", lr=1e30, schedule="constant", penalty=penalty.FisherTrace(1e-3))
+
+
+def test_weights_that_a_step_of_the_penalty_blows_up_stop_the_run(digits):
+    with pytest.raises(FloatingPointError, match=r"step \d+: the sum of the weights under FisherQuant.* became (nan|-?inf)"):
+        fit(small(digits), digits, epochs=10, optimizer="sgd", penalty=penalty.FisherQuantization(1e10))
 
 
 def test_the_diagonal_of_the_library_can_weight_the_decay(digits):

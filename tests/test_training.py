@@ -8,6 +8,7 @@ from torch.nn import functional as F
 
 from fishlib import nets
 from fishlib.data import ImageData
+from fishlib.penalty import FisherTrace
 from fishlib.training import evaluate, fit
 
 
@@ -142,6 +143,12 @@ def test_a_loss_that_is_no_longer_finite_stops_the_run_with_advice(small, net):
 def test_unknown_options_are_refused_with_the_choices(small, net, options):
     with pytest.raises(ValueError, match="use"):
         fit(net, small, **options)
+
+
+@pytest.mark.parametrize("wrong", ["fisher_trace", FisherTrace, 0.01])
+def test_what_is_no_penalty_is_refused_with_what_is(small, net, wrong):
+    with pytest.raises(ValueError, match=r"is not a penalty: use an object, .*penalty.named\("):
+        fit(net, small, epochs=1, penalty=wrong)
 
 
 def test_bfloat16_and_channels_last_train_a_convolutional_network(small):
