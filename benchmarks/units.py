@@ -5,6 +5,9 @@
 Images and weights are random: time does not depend on them. Each way runs in a process of its own, so that its peak
 memory (resident, with Python, torch and the images) is its own. The ways take turns; a ratio is that of the least times.
 CPU seconds are disturbed less by other programs than wall-clock seconds.
+
+Then what `units.keep` saves: parameters, MACs and latency of ResNet-56 and of the published choice of its units, and of
+DenseNet-BC-100 and of every other of its units.
 """
 
 import argparse
@@ -18,7 +21,7 @@ from pathlib import Path
 
 import torch
 
-from fishlib import divergence, nets, notebook, units
+from fishlib import cost, divergence, nets, notebook, units
 from fishlib.data import Batches
 
 
@@ -77,6 +80,22 @@ WAYS = {"forward pass": forward, "fisher_score": score, "direct per-class loop":
         "distance correlation": distance_correlation}
 
 
+def sizes(repeats: int, batch: int = 64) -> list[dict[str, float]]:
+    """Full networks and kept units; full and smaller take turns, a latency is the least of the turns' medians."""
+    rows = []
+    for name, net, kept in (("ResNet-56", nets.resnet(56), [*range(6), 10, 11, 19, 20]),  # 6, 2, 2 units of each stage
+                            ("DenseNet-BC-100, k = 12", nets.densenet(100, 12), range(0, 48, 2))):
+        pair = net.eval(), units.keep(net, kept).eval()
+        turns = [[cost.latency(one, (3, 32, 32), batch, repeats=5) for one in pair] for _ in range(repeats)]
+        for one, seconds in zip(pair, map(min, zip(*turns, strict=True)), strict=True):
+            counted = cost.count(one, (3, 32, 32))
+            rows.append({"network": name, "units": len(one.units), "parameters": counted.parameters, "macs": counted.macs,
+                         "milliseconds": 1000 * seconds})
+            print(f"{name:24} {len(one.units):3} units  {counted.parameters:9,} parameters  {counted.macs / 1e6:6.1f} M MACs  "
+                  f"{1000 * seconds:7.1f} ms for {batch} images")
+    return rows
+
+
 def measure(way: str, images: int) -> dict[str, float]:
     net, data = nets.resnet(56).eval(), RandomImages(images)
     with torch.no_grad():
@@ -111,10 +130,11 @@ def main() -> None:
               f"{one['forward_passes']:5.2f} / {one['forward_passes_cpu']:5.2f} forward passes  {one['peak_MB']:6.0f} MB")
     print(f"bar: fisher_score at most 1.5 forward passes and 1,500 MB: "
           f"{found['fisher_score']['forward_passes_cpu']:.2f} and {found['fisher_score']['peak_MB']:.0f}")
+    smaller = sizes(options.repeats)
     if options.output:
         conditions = {"images": options.images, "repeats": options.repeats, "device": notebook.device_name(),
                       "torch": torch.__version__, "python": platform.python_version()}
-        options.output.write_text(json.dumps({"conditions": conditions, "ways": found}, indent=1) + "\n")
+        options.output.write_text(json.dumps({"conditions": conditions, "ways": found, "sizes": smaller}, indent=1) + "\n")
 
 
 if __name__ == "__main__":
