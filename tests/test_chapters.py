@@ -93,7 +93,7 @@ def test_exercises_with_a_solution_have_a_starter_a_hint_and_a_check(path):
 def test_training_can_go_on_after_an_interruption(path):
     sources = "\n".join(cell.source for cell in code(path))
     assert "checkpoint=" in sources
-    assert "storage" in parameters_cell(path) or "FISHLIB_CHECKPOINTS" in sources
+    assert "FISHLIB_CHECKPOINTS" in sources
 
 
 def test_ends_with_its_provenance(path):

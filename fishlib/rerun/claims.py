@@ -38,7 +38,7 @@ PUBLISHED = chapters.ROOT / "data" / "published.csv"
 STORED = chapters.ROOT / "data" / "runs"
 VERDICTS = ("holds", "holds in part", "does not hold", "not yet run")
 TIMES = ("duration", "seconds", "cost_ratio")  # the names under which chapters record times
-MOVED = 1 / 4  # the share of its numbers from which the quick results of a chapter have changed
+MOVED = 1 / 6  # the share of its numbers from which the quick results of a chapter have changed
 FAMILIES = ("resnet", "vgg", "densenet")  # networks that differ in their depth alone
 FEW = 3  # seeds from which a verdict is of high confidence
 ALLOWED = (ast.Expression, ast.BoolOp, ast.And, ast.Or, ast.UnaryOp, ast.Not, ast.USub, ast.BinOp, ast.Add, ast.Sub, ast.Mult,
@@ -429,15 +429,14 @@ def _floats(item: Any) -> Any:
 
 
 def change(before: Mapping[str, Any], after: Mapping[str, Any]) -> float:
-    """The share of the numbers in both records that differ by more than a tenth of the larger one, and by more than 0.05
+    """The share of the numbers in both records that differ by more than a fifth of the larger one, and by more than 0.05
     where both lie between -1 and 1, as shares and correlations do.
 
-    Another processor rounds otherwise, and trained networks then differ nearly as those of two seeds do, which moves some
-    numbers: 9 % of those of chapter 5 and 17 % of those of chapter 8, where a unit more or less goes; another seed moved 17 %
-    in chapter 5. The correction of fine-tuning in the wrong mode had moved 35 % there. What changes results by less than
-    another processor does is not seen. Times are left out. So are texts, which say in words what numbers say
-    beside them, and lists of whole numbers, such as the positions of kept units: one comparison that falls the other way
-    shifts all behind it.
+    Other vector instructions round otherwise, and trained networks then differ nearly as those of two seeds do. That moved 9,
+    13 and 12 % of the numbers of chapters 5, 7 and 8, which have the fewest; another seed moved 17 % in chapter 5. The
+    correction of fine-tuning in the wrong mode had moved 22 % there. What changes results by less than another processor
+    does is not seen. Times are left out. So are texts, which say in words what numbers say beside them, and lists of whole
+    numbers, such as the positions of kept units: one comparison that falls the other way shifts all behind it.
     """
     one, other = dict(_numbers(before)), dict(_numbers(after))
     both = one.keys() & other.keys()
@@ -458,7 +457,7 @@ def _numbers(item: Any, name: str = "") -> Iterator[tuple[str, float]]:
 
 def _differ(one: float, other: float) -> bool:
     size = max(abs(one), abs(other))
-    return abs(one - other) > max(0.1 * size, 0.05 if size <= 1 else 0)
+    return abs(one - other) > max(0.2 * size, 0.05 if size <= 1 else 0)
 
 
 def _git(*words: str) -> bytes | None:
