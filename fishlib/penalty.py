@@ -363,18 +363,23 @@ class GradientNorm(Penalty):
 
     This is explicit what small steps of gradient descent do implicitly [Barrett and Dherin 2021]; it is not the trace of
     the Fisher information, which it underestimates by far.
+
+    Parameters
+    ----------
+    share : of the batch that the gradient is taken of
+    biases : whether tensors of one dimension are among the parameters of the gradient
     """
 
-    def __init__(self, strength: float, share: float = 1.0, every: int = 1, warmup: float = 0.0):
+    def __init__(self, strength: float, share: float = 1.0, biases: bool = True, every: int = 1, warmup: float = 0.0):
         super().__init__(strength, every, warmup)
-        self.share = _checked_share(share)
+        self.share, self.biases = _checked_share(share), biases
 
     def term(self, net: nn.Module, images: Tensor, labels: Tensor, logits: Tensor) -> Tensor:
         if self.share < 1:
             images = _subset(self.share, images)
             labels, logits = labels[: len(images)], forward(net, images)
         loss = F.cross_entropy(_full(logits), labels)
-        gradients = _gradients(loss, list(_trained(net, True).values()), create_graph=True)
+        gradients = _gradients(loss, list(_trained(net, self.biases).values()), create_graph=True)
         return torch.stack([g.square().sum() for g in gradients]).sum()
 
 
@@ -415,17 +420,18 @@ class SAM(Penalty):
 
     Parameters
     ----------
-    rho : length of the step uphill, over all trained parameters; it grows over the warm-up
+    rho : length of the step uphill; it grows over the warm-up
+    biases : whether tensors of one dimension take part in the step uphill
     every : steps between two of this kind, the others with the plain loss
     """
 
-    def __init__(self, rho: float = 0.05, every: int = 1, warmup: float = 0.0):
+    def __init__(self, rho: float = 0.05, biases: bool = True, every: int = 1, warmup: float = 0.0):
         super().__init__(1.0, every, warmup)
-        self.rho = _at_least_0("rho", rho)
+        self.rho, self.biases = _at_least_0("rho", rho), biases
 
     def objective(self, net: nn.Module, images: Tensor, labels: Tensor, logits: Tensor, criterion: Callable) -> Tensor:
         """The loss that takes the place of the plain one, ``criterion(logits, labels)``."""
-        rho, parameters = self.rho * self.rise(), _trained(net, True)
+        rho, parameters = self.rho * self.rise(), _trained(net, self.biases)
         if rho == 0:
             return self.finite(criterion(logits, labels))
         gradients = _gradients(criterion(logits, labels), list(parameters.values()))
@@ -481,15 +487,17 @@ class FisherWeighted(Penalty):
         near the *empirical* diagonal where the mean gradient is small, above it elsewhere, and free. "diagonal" takes
         the *sampled* diagonal of `fishlib.fisher.diagonal`, on the current batch in evaluation mode
     refresh : steps between two estimates of "diagonal"
+    biases : whether tensors of one dimension are shrunk too
     """
 
-    def __init__(self, strength: float, source: str = "adam", refresh: int = 10, every: int = 1, warmup: float = 0.0):
+    def __init__(self, strength: float, source: str = "adam", refresh: int = 10, biases: bool = True, every: int = 1,
+                 warmup: float = 0.0):
         super().__init__(strength, every, warmup)
         if source not in ("adam", "diagonal"):
             raise ValueError(f"unknown source {source!r}: use adam or diagonal")
         if refresh < 1:
             raise ValueError(f"refresh={refresh}: use at least 1")
-        self.source, self.refresh = source, refresh
+        self.source, self.refresh, self.biases = source, refresh, biases
 
     def on_train_batch_end(self, trainer: L.Trainer, module: L.LightningModule, outputs: Any, batch: Any,
                            index: int) -> None:
@@ -503,7 +511,7 @@ class FisherWeighted(Penalty):
     def shrink(self, optimizer: torch.optim.Optimizer, net: nn.Module, strength: float, batch_size: int) -> None:
         """One proximal step on the weights of `net`, with the learning rates of the optimizer's groups."""
         for group in optimizer.param_groups:
-            weights = [p for p in group["params"] if p.grad is not None]
+            weights = [p for p in group["params"] if p.grad is not None and (self.biases or p.ndim > 1)]
             if not weights:
                 continue
             rate = 2 * group["lr"] * strength
@@ -603,7 +611,8 @@ def named(name: str, strength: float, teacher: nn.Module | None = None, biases: 
     Parameters
     ----------
     teacher : network that `distillation` follows
-    biases : False leaves tensors of one dimension out, where the penalty knows the choice
+    biases : False leaves tensors of one dimension out of the penalty. `distillation`, which is about outputs, has no such
+        choice; `fisher_quantization` leaves them out anyway
     """
     if name not in NAMES:
         raise ValueError(f"unknown penalty {name!r}: use one of {', '.join(NAMES)}")
