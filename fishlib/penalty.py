@@ -26,7 +26,7 @@ from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
 from .tampering import quantized
-from .training import evaluation_mode
+from .training import digest, evaluation_mode
 
 Threat = Callable[[Tensor], Tensor]
 
@@ -158,11 +158,27 @@ class Penalty(L.Callback):
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.memory = state["memory"]
 
+    def _chosen(self) -> dict[str, Any]:
+        """What the constructor was given; the trainer hangs methods of its own on its callbacks."""
+        names = ("strength", *inspect.signature(type(self)).parameters)
+        return {key: value for key, value in vars(self).items() if key in names}
+
     def __repr__(self) -> str:
-        # Only what was chosen: the trainer hangs methods of its own on its callbacks.
-        chosen = ("strength", *inspect.signature(type(self)).parameters)
-        shown = {key: value for key, value in vars(self).items() if key in chosen}
-        return f"{type(self).__name__}({', '.join(f'{key}={_short(value)}' for key, value in shown.items())})"
+        return f"{type(self).__name__}({', '.join(f'{key}={_short(value)}' for key, value in self._chosen().items())})"
+
+    def identity(self, net: nn.Module) -> str:
+        """What a checkpoint knows this penalty by: `repr`, a teacher's weights, and what functions make of those of `net`.
+
+        A name does not tell two functions apart, nor does their code where it reads a variable.
+        """
+        digests = []
+        for value in self._chosen().values():
+            if isinstance(value, nn.Module):
+                digests.append(digest(value.state_dict()))
+            elif callable(value):
+                weights = _trained(net, getattr(self, "biases", True))
+                digests.append(digest({name: value(p.detach()) for name, p in weights.items()}))
+        return " ".join([repr(self), *digests])
 
 
 def _short(value: Any) -> str:

@@ -521,6 +521,23 @@ def test_a_checkpoint_of_another_penalty_is_refused(digits, tmp_path):
         fit(small(digits), digits, epochs=1, penalty=penalty.FisherTrace(1e-2), checkpoint=tmp_path / "run")
 
 
+def test_a_checkpoint_tells_teachers_and_functions_of_one_name_apart(digits, tmp_path):
+    def scaled(factor):
+        return lambda w: factor * penalty.range_noise(w)
+
+    teacher, other = small(digits), nets.mlp(digits.shape, digits.num_classes, (16,))
+    pairs = [(penalty.Distillation(1.0, teacher), penalty.Distillation(1.0, other)),
+             (penalty.FisherTrace(1e-3, scaled(1)), penalty.FisherTrace(1e-3, scaled(2))),
+             (penalty.FisherQuantization(1.0, lambda w: w.sign()), penalty.FisherQuantization(1.0, lambda w: w.round()))]
+    for index, (first, second) in enumerate(pairs):
+        assert repr(first) == repr(second)
+        options = {"epochs": 1, "checkpoint": tmp_path / f"run {index}"}
+        fit(small(digits), digits, penalty=first, **options)
+        with pytest.raises(ValueError, match="other settings"):
+            fit(small(digits), digits, penalty=second, **options)
+    fit(small(digits), digits, epochs=1, checkpoint=tmp_path / "run 1", penalty=penalty.FisherTrace(1e-3, scaled(1)))
+
+
 def test_a_penalty_that_is_not_finite_stops_with_step_term_and_value(digits):
     class Blow(penalty.L2):
         def term(self, *inputs):
