@@ -26,7 +26,7 @@ from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
 from .tampering import quantized
-from .training import evaluation_mode
+from .training import digest, evaluation_mode
 
 Threat = Callable[[Tensor], Tensor]
 
@@ -158,11 +158,27 @@ class Penalty(L.Callback):
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.memory = state["memory"]
 
+    def _chosen(self) -> dict[str, Any]:
+        """What the constructor was given; the trainer hangs methods of its own on its callbacks."""
+        names = ("strength", *inspect.signature(type(self)).parameters)
+        return {key: value for key, value in vars(self).items() if key in names}
+
     def __repr__(self) -> str:
-        # Only what was chosen: the trainer hangs methods of its own on its callbacks.
-        chosen = ("strength", *inspect.signature(type(self)).parameters)
-        shown = {key: value for key, value in vars(self).items() if key in chosen}
-        return f"{type(self).__name__}({', '.join(f'{key}={_short(value)}' for key, value in shown.items())})"
+        return f"{type(self).__name__}({', '.join(f'{key}={_short(value)}' for key, value in self._chosen().items())})"
+
+    def identity(self, net: nn.Module) -> str:
+        """What a checkpoint knows this penalty by: `repr`, a teacher's weights, and what functions make of those of `net`.
+
+        A name does not tell two functions apart, nor does their code where it reads a variable.
+        """
+        digests = []
+        for value in self._chosen().values():
+            if isinstance(value, nn.Module):
+                digests.append(digest(value.state_dict()))
+            elif callable(value):
+                weights = _trained(net, getattr(self, "biases", True))
+                digests.append(digest({name: value(p.detach()) for name, p in weights.items()}))
+        return " ".join([repr(self), *digests])
 
 
 def _short(value: Any) -> str:
@@ -363,18 +379,23 @@ class GradientNorm(Penalty):
 
     This is explicit what small steps of gradient descent do implicitly [Barrett and Dherin 2021]; it is not the trace of
     the Fisher information, which it underestimates by far.
+
+    Parameters
+    ----------
+    share : of the batch that the gradient is taken of
+    biases : whether tensors of one dimension are among the parameters of the gradient
     """
 
-    def __init__(self, strength: float, share: float = 1.0, every: int = 1, warmup: float = 0.0):
+    def __init__(self, strength: float, share: float = 1.0, biases: bool = True, every: int = 1, warmup: float = 0.0):
         super().__init__(strength, every, warmup)
-        self.share = _checked_share(share)
+        self.share, self.biases = _checked_share(share), biases
 
     def term(self, net: nn.Module, images: Tensor, labels: Tensor, logits: Tensor) -> Tensor:
         if self.share < 1:
             images = _subset(self.share, images)
             labels, logits = labels[: len(images)], forward(net, images)
         loss = F.cross_entropy(_full(logits), labels)
-        gradients = _gradients(loss, list(_trained(net, True).values()), create_graph=True)
+        gradients = _gradients(loss, list(_trained(net, self.biases).values()), create_graph=True)
         return torch.stack([g.square().sum() for g in gradients]).sum()
 
 
@@ -415,17 +436,18 @@ class SAM(Penalty):
 
     Parameters
     ----------
-    rho : length of the step uphill, over all trained parameters; it grows over the warm-up
+    rho : length of the step uphill; it grows over the warm-up
+    biases : whether tensors of one dimension take part in the step uphill
     every : steps between two of this kind, the others with the plain loss
     """
 
-    def __init__(self, rho: float = 0.05, every: int = 1, warmup: float = 0.0):
+    def __init__(self, rho: float = 0.05, biases: bool = True, every: int = 1, warmup: float = 0.0):
         super().__init__(1.0, every, warmup)
-        self.rho = _at_least_0("rho", rho)
+        self.rho, self.biases = _at_least_0("rho", rho), biases
 
     def objective(self, net: nn.Module, images: Tensor, labels: Tensor, logits: Tensor, criterion: Callable) -> Tensor:
         """The loss that takes the place of the plain one, ``criterion(logits, labels)``."""
-        rho, parameters = self.rho * self.rise(), _trained(net, True)
+        rho, parameters = self.rho * self.rise(), _trained(net, self.biases)
         if rho == 0:
             return self.finite(criterion(logits, labels))
         gradients = _gradients(criterion(logits, labels), list(parameters.values()))
@@ -481,15 +503,17 @@ class FisherWeighted(Penalty):
         near the *empirical* diagonal where the mean gradient is small, above it elsewhere, and free. "diagonal" takes
         the *sampled* diagonal of `fishlib.fisher.diagonal`, on the current batch in evaluation mode
     refresh : steps between two estimates of "diagonal"
+    biases : whether tensors of one dimension are shrunk too
     """
 
-    def __init__(self, strength: float, source: str = "adam", refresh: int = 10, every: int = 1, warmup: float = 0.0):
+    def __init__(self, strength: float, source: str = "adam", refresh: int = 10, biases: bool = True, every: int = 1,
+                 warmup: float = 0.0):
         super().__init__(strength, every, warmup)
         if source not in ("adam", "diagonal"):
             raise ValueError(f"unknown source {source!r}: use adam or diagonal")
         if refresh < 1:
             raise ValueError(f"refresh={refresh}: use at least 1")
-        self.source, self.refresh = source, refresh
+        self.source, self.refresh, self.biases = source, refresh, biases
 
     def on_train_batch_end(self, trainer: L.Trainer, module: L.LightningModule, outputs: Any, batch: Any,
                            index: int) -> None:
@@ -503,7 +527,7 @@ class FisherWeighted(Penalty):
     def shrink(self, optimizer: torch.optim.Optimizer, net: nn.Module, strength: float, batch_size: int) -> None:
         """One proximal step on the weights of `net`, with the learning rates of the optimizer's groups."""
         for group in optimizer.param_groups:
-            weights = [p for p in group["params"] if p.grad is not None]
+            weights = [p for p in group["params"] if p.grad is not None and (self.biases or p.ndim > 1)]
             if not weights:
                 continue
             rate = 2 * group["lr"] * strength
@@ -603,7 +627,8 @@ def named(name: str, strength: float, teacher: nn.Module | None = None, biases: 
     Parameters
     ----------
     teacher : network that `distillation` follows
-    biases : False leaves tensors of one dimension out, where the penalty knows the choice
+    biases : False leaves tensors of one dimension out of the penalty. `distillation`, which is about outputs, has no such
+        choice; `fisher_quantization` leaves them out anyway
     """
     if name not in NAMES:
         raise ValueError(f"unknown penalty {name!r}: use one of {', '.join(NAMES)}")

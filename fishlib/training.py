@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import hashlib
 import logging
 import os
 import sys
 import time
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -199,7 +200,8 @@ def fit(net: nn.Module, data: ImageData, *, epochs: int = 10, optimizer: str | C
     callbacks : Lightning callbacks
     precision : "auto" takes bfloat16 with channels_last where the device gains from it (CUDA, CPUs with AMX)
     compiled : train through ``torch.compile``
-    checkpoint : file that is rewritten after each epoch; where it exists, the run goes on from it to the same result
+    checkpoint : file that is rewritten after each epoch; where it exists, the run goes on from it to the same result. It
+        belongs to one network with its weights, data, settings and penalty; functions are known by their names
     devices : number of devices, as for Lightning's trainer
     seed : of batches, augmentation and dropout
     progress : a progress bar; by default in terminals only
@@ -212,7 +214,8 @@ def fit(net: nn.Module, data: ImageData, *, epochs: int = 10, optimizer: str | C
     Raises
     ------
     ValueError
-        an unknown name, fewer than one epoch, a penalty that is none, or a checkpoint of a run with other settings
+        an unknown name, fewer than one epoch, a penalty that is none, or a checkpoint of a run with other settings or of
+        another network
     FloatingPointError
         the loss is no longer finite
     """
@@ -223,10 +226,10 @@ def fit(net: nn.Module, data: ImageData, *, epochs: int = 10, optimizer: str | C
     reduced = precision == "bfloat16" or (precision == "auto" and _gains_from_bfloat16(data.device))
     conditions = {"epochs": epochs, "lr": lr, "schedule": schedule, "weight_decay": weight_decay, "seed": seed,
                   "label_smoothing": label_smoothing, "data": data.fingerprint, "batch_size": data.batch_size,
-                  "optimizer": "custom" if callable(optimizer) else optimizer,
-                  "penalty": repr(penalty) if isinstance(penalty, L.Callback) else type(penalty).__name__}
+                  "optimizer": "custom" if callable(optimizer) else optimizer}
     path = Path(checkpoint) if checkpoint else None
     if path:
+        conditions |= {"network": digest(net.state_dict()), "penalty": _identity(penalty, net)}
         _check_resumable(path, conditions)
         path.parent.mkdir(parents=True, exist_ok=True)
     module = Classifier(net, optimizer, lr, schedule, weight_decay, label_smoothing, penalty, seed, reduced, compiled)
@@ -255,6 +258,24 @@ def _check(epochs: int, optimizer: str | Callable, schedule: str, precision: str
                                  ("precision", precision, PRECISIONS)):
         if not callable(value) and value not in choices:
             raise ValueError(f"unknown {name} {value!r}: use one of {', '.join(choices)}")
+
+
+def digest(tensors: Mapping[str, Any]) -> str:
+    """16 hexadecimal digits of the sha256 of names, types, shapes and values: the same for the same weights only."""
+    total = hashlib.sha256()
+    for name, value in tensors.items():
+        if not isinstance(value, Tensor):
+            total.update(f"{name} {value!r}".encode())
+            continue
+        total.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
+        total.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+    return total.hexdigest()[:16]
+
+
+def _identity(penalty: Any, net: nn.Module) -> str:
+    if hasattr(penalty, "identity"):
+        return penalty.identity(net)
+    return repr(penalty) if isinstance(penalty, L.Callback) else getattr(penalty, "__qualname__", type(penalty).__name__)
 
 
 def _check_resumable(path: Path, conditions: dict[str, Any]) -> None:

@@ -181,6 +181,33 @@ def test_a_penalty_leaves_weights_statistics_modes_and_gradients_as_they_are(nam
     assert all(p.grad is None for p in net.parameters())
 
 
+@pytest.mark.parametrize("name", ["l2", "sam", "weight_noise", "weight_deletion", "gradient_norm", "kl_noise", "fisher_trace"])
+def test_without_biases_a_penalty_is_that_of_frozen_biases(name):
+    def value(chosen, net):
+        torch.manual_seed(0)
+        if hasattr(chosen, "objective"):
+            return chosen.objective(net, images, labels, net(images), F.cross_entropy)
+        return chosen(net, images, labels, net(images))
+
+    net, (images, labels) = networks()["mlp"].double(), batch()
+    frozen = copy.deepcopy(net)
+    frozen[1].bias.requires_grad_(False)
+    frozen[3].bias.requires_grad_(False)
+    with_all, without = penalty.named(name, 0.1), penalty.named(name, 0.1, biases=False)
+    torch.testing.assert_close(value(without, net), value(with_all, frozen))
+    assert not torch.equal(value(without, net), value(with_all, net))
+
+
+@pytest.mark.parametrize("name", ["fisher_weighted", "fisher_quantization"])
+def test_without_biases_a_decoupled_step_leaves_them_to_the_optimizer(name):
+    one_batch = ImageData("digits", batch_size=230, limit=256, device="cpu")
+    options = {"epochs": 1, "lr": 0.01, "schedule": "constant"}
+    plain, _ = fit(small(one_batch), one_batch, **options)
+    ours, _ = fit(small(one_batch), one_batch, penalty=penalty.named(name, 10.0, biases=False), **options)
+    assert torch.equal(ours[1].bias, plain[1].bias)
+    assert not torch.equal(ours[1].weight, plain[1].weight)
+
+
 def test_gradient_norm_is_that_of_the_mean_loss():
     net, (images, labels) = networks()["convolution"].double(), batch()
     value = penalty.GradientNorm(2.0)(net, images, labels, net(images))
@@ -492,6 +519,23 @@ def test_a_checkpoint_of_another_penalty_is_refused(digits, tmp_path):
     fit(small(digits), digits, epochs=1, penalty=penalty.FisherTrace(1e-3), checkpoint=tmp_path / "run")
     with pytest.raises(ValueError, match="other settings"):
         fit(small(digits), digits, epochs=1, penalty=penalty.FisherTrace(1e-2), checkpoint=tmp_path / "run")
+
+
+def test_a_checkpoint_tells_teachers_and_functions_of_one_name_apart(digits, tmp_path):
+    def scaled(factor):
+        return lambda w: factor * penalty.range_noise(w)
+
+    teacher, other = small(digits), nets.mlp(digits.shape, digits.num_classes, (16,))
+    pairs = [(penalty.Distillation(1.0, teacher), penalty.Distillation(1.0, other)),
+             (penalty.FisherTrace(1e-3, scaled(1)), penalty.FisherTrace(1e-3, scaled(2))),
+             (penalty.FisherQuantization(1.0, lambda w: w.sign()), penalty.FisherQuantization(1.0, lambda w: w.round()))]
+    for index, (first, second) in enumerate(pairs):
+        assert repr(first) == repr(second)
+        options = {"epochs": 1, "checkpoint": tmp_path / f"run {index}"}
+        fit(small(digits), digits, penalty=first, **options)
+        with pytest.raises(ValueError, match="other settings"):
+            fit(small(digits), digits, penalty=second, **options)
+    fit(small(digits), digits, epochs=1, checkpoint=tmp_path / "run 1", penalty=penalty.FisherTrace(1e-3, scaled(1)))
 
 
 def test_a_penalty_that_is_not_finite_stops_with_step_term_and_value(digits):

@@ -101,6 +101,15 @@ def test_a_checkpoint_of_another_run_or_a_damaged_one_is_refused(small, net, tmp
         fit(net, small, epochs=1, checkpoint=file)
 
 
+@pytest.mark.parametrize("width", [12, 20])
+def test_a_checkpoint_of_another_network_is_refused(small, tmp_path, width):
+    torch.manual_seed(0)
+    first, second = nets.mlp(small.shape, 10, (12,)), nets.mlp(small.shape, 10, (width,))
+    fit(first, small, epochs=1, checkpoint=tmp_path / "run")
+    with pytest.raises(ValueError, match=r"other settings \(network [0-9a-f]{16} there, [0-9a-f]{16} here\)"):
+        fit(second, small, epochs=1, checkpoint=tmp_path / "run")
+
+
 def test_fit_takes_the_same_steps_as_a_plain_loop(small):
     torch.manual_seed(0)
     net = nets.mlp(small.shape, 10, (12,))
