@@ -509,6 +509,8 @@ def attack_certified(net: nn.Module, images: Tensor, certificate: Certificate, f
     rows = []
     with evaluation_mode(net):
         for part in (certificate.predictions >= 0).nonzero()[:, 0].split(chunk):
+            if not len(part):
+                continue  # nothing is certified
             labels = certificate.predictions[part]
             change = _attack(net, start, images[part], labels, certificate, fraction * certificate.radii[part].to(images.dtype),
                              steps, draws, generator)
