@@ -80,7 +80,7 @@ WAYS = {"forward pass": forward, "fisher_score": score, "direct per-class loop":
         "distance correlation": distance_correlation}
 
 
-def sizes(repeats: int, batch: int = 64) -> list[dict[str, float]]:
+def sizes(repeats: int, batch: int = 16) -> list[dict[str, float]]:
     """Full networks and kept units; full and smaller take turns, a latency is the least of the turns' medians."""
     rows = []
     for name, net, kept in (("ResNet-56", nets.resnet(56), [*range(6), 10, 11, 19, 20]),  # 6, 2, 2 units of each stage
