@@ -492,7 +492,8 @@ def attack_certified(net: nn.Module, images: Tensor, certificate: Certificate, f
     Projected gradient ascent on the smoothed loss, a mean over `draws` of the noise at each step; then a vote of `samples`
     fresh draws around the attacked weights. Up to fraction 1 a certificate promises the certified class at least half of the
     probability. Votes of a class near one half are often in the minority by chance: those go to a second, ten times larger
-    vote, and only a minority that chance explains with less than probability alpha counts as a violation.
+    vote, unless the first is beyond doubt already (alpha / 1000), and only a minority that chance explains with less than
+    probability alpha counts as a violation.
 
     Returns
     -------
@@ -515,7 +516,9 @@ def attack_certified(net: nn.Module, images: Tensor, certificate: Certificate, f
             change = _attack(net, start, images[part], labels, certificate, fraction * certificate.radii[part].to(images.dtype),
                              steps, draws, generator)
             votes = _votes_each(net, start, change, images[part], certificate, samples, generator)
-            unsure = (2 * votes.gather(1, labels[:, None])[:, 0] <= samples).nonzero()[:, 0]
+            own = votes.gather(1, labels[:, None])[:, 0]
+            chance = torch.from_numpy(binom.cdf(own.cpu().numpy(), samples, 0.5)).to(own.device)
+            unsure = ((2 * own <= samples) & (chance > certificate.alpha / 1000)).nonzero()[:, 0]
             total = torch.full_like(labels, samples).index_fill(0, unsure, 10 * samples)
             if len(unsure):
                 some = {name: d[unsure] for name, d in change.items()}

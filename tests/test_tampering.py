@@ -1,6 +1,7 @@
 """Changes of weights, searches for the worst one, and certificates, against slow or closed-form oracles."""
 
 import copy
+import dataclasses
 
 import pytest
 import torch
@@ -251,15 +252,107 @@ def test_attacks_stay_within_each_radius_and_change_no_certified_prediction(net,
     assert attacked.votes.mean() < still.votes.mean()
 
 
-@pytest.mark.parametrize("wrong", [{"sigma": 0}, {"alpha": 1}, {"samples": 3}, {"scale": "mile"}])
-def test_a_certificate_with_senseless_numbers_is_refused(net, data, wrong):
+def test_a_certificate_names_the_tensors_that_it_does_not_cover(net, data):
+    flat = copy.deepcopy(net)
+    with torch.no_grad():
+        flat.get_parameter("1.bias").zero_()
+    images = data.split("validation")[0][:3]
+    assert tampering.certify(flat, images, 0.05, 40).uncovered == ("1.bias",)
+    assert tampering.certify(flat, images, 0.05, 40, scale="absolute").uncovered == ()
+    assert tampering.certify(flat, images, 0.05, 40, biases=False).uncovered == ()
+
+
+def test_outputs_that_are_not_numbers_have_no_vote_after_an_attack_either(net, data):
+    images = data.split("validation")[0][:2]
+    certificate = tampering.certify(net, images, 0.05, 100, generator=generator())
+    start = tampering.trained(net)
+    nothing = {name: torch.zeros(2, *w.shape) for name, w in start.items()}
+    nothing["1.weight"][1] = float("nan")
+    votes = tampering._votes_each(net, start, nothing, images, certificate, 10, generator())
+    assert votes.sum(1).tolist() == [10, 0]
+
+
+def test_without_a_certified_prediction_there_is_nothing_to_attack(net, data):
+    images = data.split("validation")[0][:2]
+    certificate = tampering.certify(net, images, 0.05, 40)
+    none = dataclasses.replace(certificate, predictions=torch.full((2,), -1))
+    assert tampering.attack_certified(net, images, none).empty
+
+
+def test_a_clipped_margin_is_the_mean_of_each_image_s(net, data):
+    images, labels = data.split("validation")
+    logits = net(images).detach().double()
+    slow = [min(1, max(z[:y] + z[y + 1:]) - z[y]) for z, y in zip(logits.tolist(), labels.tolist(), strict=True)]
+    assert tampering.clipped_margin(logits, labels).item() == pytest.approx(sum(slow) / len(slow))
+
+
+def test_a_margin_still_has_a_slope_where_the_loss_and_the_expected_error_have_none():
+    logits, labels = torch.tensor([[200.0, 0.0, 0.0]], requires_grad=True), torch.tensor([0])
+    slopes = {name: torch.autograd.grad(goal(logits, labels), logits)[0].abs().sum() for name, goal in tampering.GOALS.items()}
+    assert slopes["loss"] == slopes["expected error"] == 0
+    assert slopes["clipped margin"] > 0
+
+
+@pytest.mark.parametrize("goal", tampering.GOALS)
+def test_both_searches_raise_the_goal_that_they_are_given(net, data, goal):
+    images, labels = data.split("validation")
+    value = lambda weights: tampering._value(net, weights, images, labels, tampering.GOALS[goal])  # noqa: E731
+    before = value(tampering.trained(net))
+    assert value(tampering.flip_bits(net, images, labels, 3, goal=tampering.GOALS[goal])[-1][3]) > before
+    assert value(tampering.adversary(net, images, labels, 0.05, goal=tampering.GOALS[goal])) > before
+
+
+def test_searches_take_networks_in_double_precision(net, data):
+    images, labels = (part.double() if part.is_floating_point() else part for part in data.split("validation"))
+    double = copy.deepcopy(net).double()
+    (name, index, bit, weights), = tampering.flip_bits(double, images, labels, 1)
+    assert all(w.dtype == torch.float64 for w in weights.values())
+    assert (name, index, bit) == tampering.flip_bits(net, images.float(), labels, 1)[0][:3]
+
+
+def test_tensors_that_the_outputs_do_not_depend_on_are_left_alone(net, data):
+    class Off(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.net, self.unused = copy.deepcopy(net), nn.Linear(4, 4)
+
+        def forward(self, x):
+            return self.net(x)
+
+    images, labels = data.split("validation")
+    off = Off()
+    assert all(name.startswith("net.") for name, *_ in tampering.flip_bits(off, images, labels, 3))
+    found = tampering.adversary(off, images, labels, 0.1)
+    assert torch.equal(found["unused.weight"], off.unused.weight)
+    assert not torch.equal(found["net.1.weight"], off.net.get_parameter("1.weight"))
+
+
+def test_a_network_whose_outputs_are_not_numbers_is_refused(net, data):
+    broken = copy.deepcopy(net)
+    with torch.no_grad():
+        broken.get_parameter("1.bias").fill_(float("nan"))
+    for attack in (lambda: tampering.flip_bits(broken, *data.split("validation"), 1),
+                   lambda: tampering.adversary(broken, *data.split("validation"), 0.1)):
+        with pytest.raises(ValueError, match="goal is nan"):
+            attack()
+
+
+@pytest.mark.parametrize("call", [
+    lambda net, data, images, labels: tampering.curve(net, data, "quantization", [2.7]),
+    lambda net, data, images, labels: tampering.curve(net, data, "deletion", []),
+    lambda net, data, images, labels: tampering.curve(net, data, "deletion", [0.1], repeats=0),
+    lambda net, data, images, labels: tampering.flip_bits(net, images, labels, -1),
+    lambda net, data, images, labels: tampering.adversary(net, images, labels, -1),
+    lambda net, data, images, labels: tampering.adversary(net, images, labels, 0.1, steps=0),
+    lambda net, data, images, labels: tampering.adversary(net, images, labels, 0.1, "l7"),
+    *[lambda net, data, images, labels, wrong=wrong: tampering.certify(net, images, **({"sigma": 0.1} | wrong))
+      for wrong in ({"sigma": 0}, {"alpha": 1}, {"samples": 3}, {"scale": "mile"}, {"chunk": 0})],
+    *[lambda net, data, images, labels, wrong=wrong: tampering.attack_certified(
+        net, images, tampering.certify(net, images, 0.1, 20), **wrong)
+      for wrong in ({"fraction": -1}, {"steps": 0}, {"draws": 0}, {"samples": 0}, {"chunk": 0})]])
+def test_numbers_without_sense_are_refused_by_name(net, data, call):
     with pytest.raises(ValueError, match="use"):
-        tampering.certify(net, data.split("validation")[0][:2], **({"sigma": 0.1} | wrong))
-
-
-def test_an_unknown_norm_is_refused(net, data):
-    with pytest.raises(ValueError, match="use l2 or linf"):
-        tampering.adversary(net, *data.split("validation"), 0.1, "l7")
+        call(net, data, *(part[:20] for part in data.split("validation")))
 
 
 def test_losses_of_the_search_are_those_of_evaluation_mode(normalised, data):
