@@ -28,7 +28,7 @@ from torch.nn import functional as F
 
 from . import cost, divergence
 from .data import Batches, ImageData
-from .training import evaluate, evaluation_mode, fit
+from .training import digest, evaluate, evaluation_mode, fit
 
 DENSITIES = ("diagonal", "full", "score-matching")
 PAIRS = ("all", "reference")
@@ -609,7 +609,7 @@ def prune_units(net: nn.Module, data: ImageData, stages: int = 3, candidates: Se
     store = Store(folder, {
         "stages": stages, "candidates": candidates, "score": score, "tolerance": tolerance, "head": head,
         "retrain": dict(retrain or {}), "decide": decide, "compare": compare, "seed": seed, "data": data.fingerprint,
-        "images": data.size("train"), "split": data.seed, "network": _digest(net)})
+        "images": data.size("train"), "split": data.seed, "network": digest(net.state_dict())})
     done = store.load()
     if not done:
         done = [{"kept": active, "scores": [], "candidates": [_measure(keep(net, active), active, data)
@@ -802,7 +802,7 @@ def _plain(value: Any, name: str) -> Any:
     if isinstance(value, list | tuple | range):
         return [_plain(one, f"{name}[{place}]") for place, one in enumerate(value)]
     if isinstance(value, nn.Module):
-        return [type(value).__qualname__, _digest(value)]
+        return [type(value).__qualname__, digest(value.state_dict())]
     if isinstance(value, functools.partial):
         return _plain([value.func, value.args, value.keywords], name)
     if isinstance(value, type) or inspect.isbuiltin(value):
@@ -814,7 +814,7 @@ def _plain(value: Any, name: str) -> Any:
         raise ValueError(f"{name}: a folder cannot tell {value!r} from another one: give it a __repr__ that says its "
                          "settings, or use no folder")
     networks = [one for one in getattr(value, "__dict__", {}).values() if isinstance(one, nn.Module)]
-    return [repr(value), *map(_digest, networks)]
+    return [repr(value), *(digest(one.state_dict()) for one in networks)]
 
 
 def _code(code: CodeType) -> str:
@@ -822,13 +822,6 @@ def _code(code: CodeType) -> str:
     constants = [_code(one) if isinstance(one, CodeType) else sorted(map(repr, one)) if isinstance(one, frozenset)
                  else repr(one) for one in code.co_consts]
     return hashlib.sha256(repr((code.co_code, code.co_names, constants)).encode()).hexdigest()[:16]
-
-
-def _digest(net: nn.Module) -> str:
-    digest = hashlib.sha256()
-    for name, value in net.state_dict().items():
-        digest.update(name.encode() + value.detach().cpu().contiguous().numpy().tobytes())
-    return digest.hexdigest()[:16]
 
 
 def _bar(total: int, done: int, progress: bool | None) -> Any:

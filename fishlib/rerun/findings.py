@@ -78,7 +78,8 @@ def channels(records: Records) -> Finding:
     """Chapter 5: removal of channels by divergence beside the best other criterion, chance and the small network alone."""
     share = 100 * records["half_share"]
     kl, random, scratch = (100 * records[f"half_{name}"] for name in ("kl", "random", "scratch"))
-    rival = max(("correlation", "l1", "fpgm", "taylor"), key=lambda name: records[f"half_{name}"])
+    others = (name for name in ("correlation", "l1", "fpgm", "taylor", "rank", "group") if f"half_{name}" in records)
+    rival = max(others, key=lambda name: records[f"half_{name}"])
     best = 100 * records[f"half_{rival}"]
     return Finding(
         "05_channel_divergence", "Does KL divergence tell which channels can go?",
