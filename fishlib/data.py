@@ -223,18 +223,18 @@ def _class_folders(root: Path) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
 def _stratified(labels: np.ndarray, test_size: float | int, seed: int) -> tuple[np.ndarray, np.ndarray]:
     from sklearn.model_selection import train_test_split
 
-    rest, taken = train_test_split(np.arange(len(labels)), test_size=test_size, random_state=seed, stratify=labels)
-    return np.sort(rest), np.sort(taken)
+    return train_test_split(np.arange(len(labels)), test_size=test_size, random_state=seed, stratify=labels)
 
 
 def _limited(labels: np.ndarray, limit: int | None, seed: int) -> np.ndarray:
+    # In random order: files may be sorted by class, and the first images of a split stand for all of it.
     if limit is None or limit >= len(labels):
-        return np.arange(len(labels))
+        return np.random.default_rng(seed).permutation(len(labels))
     classes = len(np.unique(labels))
     if limit < classes:
         raise ValueError(f"limit={limit} is below the number of classes: use at least {classes}")
     if len(labels) - limit < classes:
-        return np.sort(np.random.default_rng(seed).permutation(len(labels))[:limit])
+        return np.random.default_rng(seed).permutation(len(labels))[:limit]
     return _stratified(labels, test_size=limit, seed=seed)[1]
 
 
@@ -348,6 +348,8 @@ def augment(images: Tensor, kinds: tuple[str, ...], generator: torch.Generator, 
 
 class ImageData(L.LightningDataModule):
     """A data set as tensors on the training device, with stratified, seeded splits.
+
+    The images of each split are in random order, whatever their order in the file, so its first images stand for all.
 
     Parameters
     ----------

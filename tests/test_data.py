@@ -236,6 +236,19 @@ def test_a_limited_test_split_is_the_same_for_every_seed():
     assert not torch.equal(first.split("train")[1], second.split("train")[1])
 
 
+@pytest.mark.parametrize("limits", [{}, {"limit": 600, "test_limit": 300}])
+def test_the_first_images_of_a_split_are_of_all_classes_where_the_file_is_sorted_by_class(tmp_path, monkeypatch, limits):
+    labels = np.repeat(np.arange(10), 100)
+    images = np.random.default_rng(0).integers(0, 256, (1000, 4, 4), dtype=np.uint8)
+    np.savez(tmp_path / "svhn.npz", train_images=images, train_labels=labels, test_images=images, test_labels=labels,
+             classes=np.arange(10).astype(str))
+    monkeypatch.setenv("FISHLIB_DATA", str(tmp_path))
+    data = ImageData("svhn", validation=0.2, **limits)
+    for split in ("train", "validation", "test"):
+        counts = torch.bincount(data.split(split)[1][:100], minlength=10)
+        assert counts.min() >= 2, (split, counts)
+
+
 def test_the_first_training_images_keep_validation_and_test_split_and_standardisation(digits):
     fewer = digits.first(100)
     assert fewer.size("train") == 100 < digits.size("train")
