@@ -336,7 +336,9 @@ def verdict(claim: Claim, book: Book, found: Sequence[dict[str, Any]]) -> Verdic
         return Verdict(VERDICTS[3], "none", conditions=f"the stored run does not decide it: {claim.why or error}")
     if full:
         exact = experiment.profile == "quick" or content["parameters"].get("seeds", 1) >= FEW
-        return Verdict(word, "high" if exact else "medium", measured, conditions=f"profile {experiment.profile}")
+        caveat = f"; {content['provenance']['caveat']}" if content["provenance"].get("stale") else ""
+        return Verdict(word, "low" if caveat else "high" if exact else "medium", measured,
+                       conditions=f"profile {experiment.profile}{caveat}")
     return Verdict(VERDICTS[3], "low", measured, word, _conditions(content, planned(experiment).parameters))
 
 
@@ -398,6 +400,8 @@ def _shows(plan: runs.Run, records: Mapping[str, Any]) -> bool:
 
 def _is_current(content: Mapping[str, Any]) -> bool:
     stem, provenance = content["chapter"], content["provenance"]
+    if provenance.get("stale"):  # said by hand, with a caveat: the run itself was at fault, so no comparison can tell
+        return False
     commit = provenance.get("commit") or ""
     code = provenance.get("code") or _code_at(commit, stem, provenance.get("library"))
     if code == mark(chapters.CHAPTERS / f"{stem}.ipynb").code:

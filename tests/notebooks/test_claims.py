@@ -215,6 +215,15 @@ def test_a_record_without_marks_is_compared_with_the_commit_that_made_it(book, c
     assert claims.state(one, [results(provenance=known)]) == "stale"
 
 
+def test_a_record_that_is_said_to_be_at_fault_is_stale_and_its_verdict_of_low_confidence(book, committed):
+    one, path = book().experiments["small"], chapters.CHAPTERS / "10_small.ipynb"
+    faulty = vars(claims.mark(path)) | {"commit": committed.first, "stale": True, "caveat": "images of one class"}
+    made = [results(provenance=faulty)]
+    assert claims.state(one, made) == "stale"
+    row = claims.table(book(), made).iloc[0]
+    assert (row.record, row.confidence) == ("stale", "low") and "images of one class" in row.conditions
+
+
 def test_without_git_new_code_makes_a_record_stale_and_the_list_is_still_made(book, committed, monkeypatch):
     one, path = book().experiments["small"], chapters.CHAPTERS / "10_small.ipynb"
     made = [results(provenance=vars(claims.mark(path)) | {"commit": committed.first})]
