@@ -221,7 +221,8 @@ def test_a_record_that_is_said_to_be_at_fault_is_stale_and_its_verdict_of_low_co
     made = [results(provenance=faulty)]
     assert claims.state(one, made) == "stale"
     row = claims.table(book(), made).iloc[0]
-    assert (row.record, row.confidence) == ("stale", "low") and "images of one class" in row.conditions
+    assert (row.record, row.confidence) == ("stale", "low")
+    assert "images of one class" in row.conditions
 
 
 def test_without_git_new_code_makes_a_record_stale_and_the_list_is_still_made(book, committed, monkeypatch):
