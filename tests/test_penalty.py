@@ -1,6 +1,9 @@
 """The penalties against slow oracles: sums over images and classes in float64, explicit steps, training runs."""
 
 import copy
+import os
+import subprocess
+import sys
 from functools import partial
 
 import pytest
@@ -429,6 +432,45 @@ def test_two_processes_average_the_gradients_of_loss_and_penalty(tmp_path):
         for rank in range(2):
             for ours, first, second in zip(torch.load(tmp_path / f"{name}-{rank}"), *alone, strict=True):
                 torch.testing.assert_close(ours, (first + second) / 2)
+
+
+# Lightning starts the second process by running the script again, so this has to be a file of its own.
+TWO_DEVICES = """
+import sys, torch
+from fishlib import nets, penalty
+from fishlib.data import ImageData
+from fishlib.training import fit
+
+PENALTIES = {"adam": lambda: penalty.FisherWeighted(20.0), "sgd": lambda: penalty.FisherQuantization(100.0),
+             "adamw": lambda: penalty.FisherWeighted(20.0, "diagonal")}
+
+def trained(optimizer, given, devices):
+    torch.manual_seed(0)
+    data = ImageData("digits", batch_size=32 // devices, limit=256, device="cpu")
+    net, _ = fit(nets.mlp((1, 8, 8), 10, (16,)), data, epochs=1, optimizer=optimizer, lr=0.01, precision="float32",
+                 devices=devices, penalty=PENALTIES[optimizer]() if given else None)
+    return torch.cat([p.detach().flatten() for p in net.parameters()])
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    cases = [(optimizer, given) for optimizer in PENALTIES for given in (True, False)]
+    found = {"one": [trained(*case, 1) for case in cases], "two": [trained(*case, 2) for case in cases]}
+    torch.save(found, f"{sys.argv[1]}-{torch.distributed.get_rank()}")
+"""
+
+
+def test_two_devices_train_as_one_does_on_batches_of_twice_the_size(tmp_path):
+    script = tmp_path / "two.py"
+    script.write_text(TWO_DEVICES)
+    subprocess.run([sys.executable, str(script), str(tmp_path / "weights")], check=True, cwd=tmp_path, timeout=300,
+                   env=os.environ | {"CUDA_VISIBLE_DEVICES": ""}, capture_output=True)
+    first, second = (torch.load(tmp_path / f"weights-{rank}") for rank in range(2))
+    torch.testing.assert_close(first["two"], second["two"], rtol=0, atol=0)
+    for case, (one, two) in enumerate(zip(first["one"], first["two"], strict=True)):
+        if case != 4:  # "diagonal" draws its labels, other ones in the two processes
+            assert (two - one).norm() < 1e-5 * one.norm(), case
+    for case in (0, 2, 4):  # and the penalties did something
+        assert (first["two"][case] - first["two"][case + 1]).norm() > 1e-3 * first["two"][case].norm(), case
 
 
 @pytest.mark.parametrize("optimizer", ["adam", "adamw"])
