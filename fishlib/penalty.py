@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Any
 
@@ -117,6 +117,7 @@ class Penalty(L.Callback):
         self.strength, self.every, self.warmup = _at_least_0("strength", strength), every, warmup
         self.step, self.steps = 0, 1
         self.memory: dict[str, Tensor] = {}
+        self.rates: list[float] = []
 
     def term(self, net: nn.Module, images: Tensor, labels: Tensor, logits: Tensor) -> Tensor:
         """The penalty at strength 1; zero for those that act on the loss or on the weights instead."""
@@ -153,6 +154,11 @@ class Penalty(L.Callback):
 
     def on_train_batch_start(self, trainer: L.Trainer, module: L.LightningModule, batch: Any, index: int) -> None:
         self.step = trainer.global_step
+
+    def on_before_optimizer_step(self, trainer: L.Trainer, module: L.LightningModule,
+                                 optimizer: torch.optim.Optimizer) -> None:
+        # Kept for the decoupled steps, since the schedule moves on to the next rates before a batch ends.
+        self.rates = _rates(optimizer)
 
     def state_dict(self) -> dict[str, Any]:
         return {"memory": self.memory}
@@ -219,7 +225,7 @@ def _full(values: Tensor) -> Tensor:
 
 
 def _subset(share: float, images: Tensor) -> Tensor:
-    return images[: max(1, round(share * len(images)))]
+    return images[: max(2, round(share * len(images)))]  # a single image has no batch statistics
 
 
 def _gradients(value: Tensor, inputs: list[Tensor], **options: Any) -> tuple[Tensor, ...]:
@@ -263,13 +269,16 @@ def _takes_batch_statistics(input: Tensor, running_mean: Tensor | None, running_
 
 def fisher_trace(net: nn.Module, images: Tensor, threat: str | Threat = "isotropic", biases: bool = True,
                  generator: torch.Generator | None = None) -> dict[str, Tensor]:
-    """tr(F S) of each parameter, in nats: a mean over images, one draw of labels from the model, differentiable.
+    """tr(F S) of each parameter, in nats: a mean over images, one draw of random signs, differentiable.
 
-    With labels drawn from the model the scores of different images are independent with mean zero, so that the gradient
-    G of the *sum* over B images gives unbiased estimates F_ii ~ G_i^2 / B from a single backward pass. Linear layers
-    that are used once, on one row an image, have the scores of single images in closed form, g_n a_n^T, whose squares are
-    summed without the noise of the cross terms: tr(F S) = 1/B sum_n (g_n^2)^T S a_n^2. Not so in front of a BatchNorm in
-    training mode, behind which each score depends on all rows.
+    The scores of an image are J^T (p - y) with the Jacobian J of its logits and labels y drawn from the model, whose
+    covariance is C = diag p - p p^T. Here r = (diag s - p s^T) e with s = sqrt p and random signs e takes the place of p - y:
+    its covariance is C as well, and it is differentiable in p, so that the *gradient* of the estimate is unbiased too. That
+    of drawn labels is not: it leaves out that their distribution moves with the weights. The gradient G of the *sum* of
+    r^T logits over B images gives F_ii ~ G_i^2 / B from a single backward pass. Linear layers that are used once, on one row
+    an image, have the scores of single images in closed form, g_n a_n^T, whose squares are summed without the noise of the
+    cross terms: tr(F S) = 1/B sum_n (g_n^2)^T S a_n^2. Not so in front of a BatchNorm in training mode, behind which each
+    score depends on all rows; batch statistics that a network takes by operations of its own are not noticed.
 
     Parameters
     ----------
@@ -277,7 +286,7 @@ def fisher_trace(net: nn.Module, images: Tensor, threat: str | Threat = "isotrop
         mode, and keeps its running ones)
     threat : name out of `THREATS`, or a function from a weight tensor to the variances S of its change
     biases : whether tensors of one dimension change too
-    generator : of the labels; by default torch's global one
+    generator : of the signs; by default torch's global one
 
     Returns
     -------
@@ -292,14 +301,13 @@ def _summed_traces(net: nn.Module, images: Tensor, threat: str | Threat, biases:
     threat, parameters = _threat(threat), _trained(net, biases)
     with _LinearCalls(parameters) as seen:
         logits = _full(forward(net, images))
-    probabilities = logits.softmax(1)
-    labels = torch.multinomial(probabilities.detach(), 1, generator=generator)
-    residuals = probabilities - torch.zeros_like(probabilities).scatter_(1, labels, 1.0)  # gradients of -log p(label)
+    if any(isinstance(module, nn.SyncBatchNorm) and module.training for module in net.modules()):
+        seen.calls.clear()  # several devices take batch statistics without calling F.batch_norm
     closed = list(seen.simple(len(images)))
     done = {name for _, _, names in closed for name in names}
     rest = [name for name in parameters if name not in done]
     wanted = [z for _, z, _ in closed] + [parameters[name] for name in rest]
-    gradients = _gradients(logits, wanted, grad_outputs=residuals, create_graph=True)
+    gradients = _gradients(logits, wanted, grad_outputs=_residuals(logits, generator), create_graph=True)
     traces = {}
     for (a, _, names), g in zip(closed, gradients, strict=False):
         traces |= _closed_form(_full(a), _full(g), {name: parameters[name] for name in names}, threat)
@@ -308,13 +316,20 @@ def _summed_traces(net: nn.Module, images: Tensor, threat: str | Threat, biases:
     return {name: traces[name] for name in parameters}
 
 
+def _residuals(logits: Tensor, generator: torch.Generator | None) -> Tensor:
+    """(diag s - p s^T) e with s = sqrt p and random signs e: mean 0, covariance diag p - p p^T, differentiable in p."""
+    signs = torch.randint(2, logits.shape, generator=generator, device=logits.device).to(logits.dtype) * 2 - 1
+    s = (logits.log_softmax(1) / 2).exp()  # the root of p itself has no finite slope where p is rounded to zero
+    return s * (signs - s * (s * signs).sum(1, keepdim=True))
+
+
 def _closed_form(a: Tensor, g: Tensor, parameters: dict[str, Tensor], threat: Threat) -> dict[str, Tensor]:
     g2, traces = g.square(), {}
     norms = g2.sum(1)
     for name, p in parameters.items():
         S = threat(p)
         if S.ndim == 0:
-            traces[name] = S * (norms.sum() if p.ndim == 1 else norms @ a.square().sum(1))
+            traces[name] = S * (norms if p.ndim == 1 else norms * a.square().sum(1)).sum()
         else:
             traces[name] = (g2 * (S if p.ndim == 1 else F.linear(a.square(), S))).sum()
     return traces
@@ -323,8 +338,8 @@ def _closed_form(a: Tensor, g: Tensor, parameters: dict[str, Tensor], threat: Th
 class FisherTrace(Penalty):
     """strength x tr(F S): twice the expected divergence under the threat's change of weights at unit size.
 
-    F is the Fisher information, a mean over images, its labels drawn from the model (unbiased, see `fisher_trace`), and S
-    the covariance of the change; both are differentiated. With ``strength = eta ** 2 / 2`` and ``range_noise`` the term
+    F is the Fisher information, a mean over images, and S the covariance of the change; both are differentiated, and value
+    and gradient are unbiased (see `fisher_trace`). With ``strength = eta ** 2 / 2`` and ``range_noise`` the term
     is the expected divergence under noise of eta times each tensor's range. Threats add up:
     ``lambda w: range_noise(w) + 0.3 * relative_noise(w)``.
 
@@ -345,7 +360,6 @@ class FisherTrace(Penalty):
         self.threat, self.share, self.biases = _threat(threat), _checked_share(share), biases
 
     def term(self, net: nn.Module, images: Tensor, labels: Tensor, logits: Tensor) -> Tensor:
-        self.finite(logits.detach().sum(), "the outputs under ")  # no labels can be drawn from others
         images = _subset(self.share, images)
         return torch.stack(list(_summed_traces(net, images, self.threat, self.biases).values())).sum() / len(images)
 
@@ -365,7 +379,7 @@ class KLNoise(Penalty):
     """strength x KL(p_theta || p_theta+d), a mean over images in nats, with one draw of d = sigma sqrt(S) n a step.
 
     For small sigma its expectation is sigma^2 / 2 tr(F S), the term of `FisherTrace`; for larger ones it goes beyond the
-    second order. Both sides are differentiated.
+    second order. Both sides are differentiated. Dropout draws another mask for each side, so that the term measures it too.
 
     Parameters
     ----------
@@ -502,10 +516,10 @@ class NoisyWeights(Penalty):
 
 
 class FisherWeighted(Penalty):
-    """Decoupled descent on strength x sum_i F_ii w_i^2 with F held fixed: after each step w <- w / (1 + 2 lr strength F).
+    """Decoupled descent on strength x sum_i F_ii (w_i - q_i)^2, F and q held fixed: w <- q + (w - q) / (1 + 2 lr strength F).
 
-    This is the proximal step of the penalty, stable at any strength. It acts beside the loss, so that it never enters
-    the moments that F is read from; a weight decay of the optimizer that does so is refused.
+    The target q is zero, or the quantised weights. This is the proximal step, stable at any strength. It acts beside the
+    loss, so that it never enters the moments that F is read from; a weight decay of the optimizer that does so is refused.
 
     Parameters
     ----------
@@ -514,16 +528,17 @@ class FisherWeighted(Penalty):
         the *sampled* diagonal of `fishlib.fisher.diagonal`, on the current batch in evaluation mode
     refresh : steps between two estimates of "diagonal"
     biases : whether tensors of one dimension are shrunk too
+    quantize : from a weight tensor to the target, such as ``round_to(4)``; None for zero
     """
 
     def __init__(self, strength: float, source: str = "adam", refresh: int = 10, biases: bool = True, every: int = 1,
-                 warmup: float = 0.0):
+                 warmup: float = 0.0, quantize: Callable[[Tensor], Tensor] | None = None):
         super().__init__(strength, every, warmup)
         if source not in ("adam", "diagonal"):
             raise ValueError(f"unknown source {source!r}: use adam or diagonal")
         if refresh < 1:
             raise ValueError(f"refresh={refresh}: use at least 1")
-        self.source, self.refresh, self.biases = source, refresh, biases
+        self.source, self.refresh, self.biases, self.quantize = source, refresh, biases, quantize
 
     def on_train_batch_end(self, trainer: L.Trainer, module: L.LightningModule, outputs: Any, batch: Any,
                            index: int) -> None:
@@ -531,24 +546,33 @@ class FisherWeighted(Penalty):
         if self.source == "diagonal" and self.step % self.refresh == 0:
             self.memory = _diagonal(module.net, batch)
         if strength:
-            self.shrink(trainer.optimizers[0], module.net, strength, len(batch[1]) * trainer.world_size)
+            self.shrink(trainer.optimizers[0], module.net, strength, len(batch[1]) * trainer.world_size, self.rates)
 
     @torch.no_grad()
-    def shrink(self, optimizer: torch.optim.Optimizer, net: nn.Module, strength: float, batch_size: int) -> None:
-        """One proximal step on the weights of `net`, with the learning rates of the optimizer's groups."""
-        for group in optimizer.param_groups:
+    def shrink(self, optimizer: torch.optim.Optimizer, net: nn.Module, strength: float, batch_size: int,
+               rates: Sequence[float] = ()) -> None:
+        """One proximal step on the weights of `net`, with a learning rate for each group, or those of the optimizer."""
+        for lr, group in zip(rates or _rates(optimizer), optimizer.param_groups, strict=True):
             weights = [p for p in group["params"] if p.grad is not None and (self.biases or p.ndim > 1)]
             if not weights:
                 continue
-            rate = 2 * group["lr"] * strength
+            rate = 2 * lr * strength
             if self.source == "adam":
                 F_ii, scale = _second_moments(optimizer, group, weights)
                 rate *= batch_size * scale
             else:
                 names = {id(p): name for name, p in net.named_parameters()}
                 F_ii = [self.memory[names[id(p)]] for p in weights]
-            one = weights[0].new_ones(())
+            one, targets = weights[0].new_ones(()), [self.quantize(p) for p in weights] if self.quantize else None
+            if targets:
+                torch._foreach_sub_(weights, targets)
             torch._foreach_div_(weights, [torch.add(one, f, alpha=rate) for f in F_ii])
+            if targets:
+                torch._foreach_add_(weights, targets)
+
+
+def _rates(optimizer: torch.optim.Optimizer) -> list[float]:
+    return [group["lr"] for group in optimizer.param_groups]
 
 
 def _second_moments(optimizer: torch.optim.Optimizer, group: dict, weights: list[Tensor]) -> tuple[list[Tensor], float]:
@@ -596,19 +620,20 @@ class FisherQuantization(Penalty):
 
     def on_train_batch_end(self, trainer: L.Trainer, module: L.LightningModule, outputs: Any, batch: Any,
                            index: int) -> None:
-        self.pull(trainer.optimizers[0], module.net, self.current_strength())
+        self.pull(trainer.optimizers[0], module.net, self.current_strength(), self.rates)
 
     @torch.no_grad()
-    def pull(self, optimizer: torch.optim.Optimizer, net: nn.Module, strength: float) -> None:
+    def pull(self, optimizer: torch.optim.Optimizer, net: nn.Module, strength: float, rates: Sequence[float] = ()) -> None:
         """Bring the moving average up to date with the last gradient and take one step towards the quantised weights."""
-        rates = {id(p): group["lr"] for group in optimizer.param_groups for p in group["params"]}
-        weights = {name: p for name, p in _trained(net, self.biases).items() if p.grad is not None and id(p) in rates}
+        groups = zip(rates or _rates(optimizer), optimizer.param_groups, strict=True)
+        rate_of = {id(p): lr for lr, group in groups for p in group["params"]}
+        weights = {name: p for name, p in _trained(net, self.biases).items() if p.grad is not None and id(p) in rate_of}
         for name, p in weights.items():
             mean = self.memory.setdefault(name, torch.zeros_like(p))
             mean.lerp_(p.grad.square(), 1 - self.decay)
             if strength:
                 distance = p - self.quantize(p)
-                p -= rates[id(p)] * strength * (mean / mean.max().clamp_min(1e-30) + self.constant) * distance
+                p -= rate_of[id(p)] * strength * (mean / mean.max().clamp_min(1e-30) + self.constant) * distance
         if weights:
             self.finite(torch.stack([p.sum() for p in weights.values()]).sum(), "the sum of the weights under ")
 
@@ -627,6 +652,7 @@ NAMES: dict[str, Callable[[float], Penalty | None]] = {
     "fisher_sum": partial(FisherTrace, threat="range_and_relative"),
     "fisher_isotropic": partial(FisherTrace, threat="isotropic"),
     "fisher_weighted": FisherWeighted,
+    "fisher_rounding": lambda strength: FisherWeighted(strength, biases=False, quantize=round_to(4)),
     "fisher_quantization": FisherQuantization,
 }
 

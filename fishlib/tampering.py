@@ -3,6 +3,7 @@
     with perturb(net, "range_noise", 0.1, generator):
         evaluate(net, data, "test")          # the weights are back afterwards, whatever happens inside
 
+Flipped bits of float32 can make outputs that are not numbers, which `accuracies` and `curve` count as wrong.
 `changed` gives the changed weights of each kind, `curve` the accuracy against its size, `flip_bits` and `adversary` search
 for the worst change, `certify` bounds what any change of a given length can do.
 """
@@ -16,6 +17,7 @@ from dataclasses import dataclass
 import numpy as np
 import pandas as pd
 import torch
+from scipy.stats import t as student
 from torch import Tensor, nn
 from torch.func import functional_call, vmap
 from torch.nn import functional as F
@@ -162,7 +164,7 @@ def curve(net: nn.Module, data: ImageData, kind: str, amounts: Sequence[float], 
     Returns
     -------
     Columns kind, amount, accuracy (mean over draws), deviation (standard deviation over draws), low and high (the 95 %
-    interval of the mean over draws, normal approximation; the images are held fixed), repeats.
+    interval of the mean over draws, Student's t; the images are held fixed; one draw has none), repeats.
     """
     if repeats < 1 or not len(amounts):
         raise ValueError(f"repeats={repeats}, amounts={list(amounts)}: use at least 1 draw and 1 amount")
@@ -174,7 +176,7 @@ def curve(net: nn.Module, data: ImageData, kind: str, amounts: Sequence[float], 
         draws = [changed(net, kind, amount, generator, biases) for _ in range(repeats)]
         values = np.array(accuracies(net, data, draws, split, reestimate, batch_size))
         spread = values.std(ddof=1) if repeats > 1 else 0.0
-        half = 1.96 * spread / repeats**0.5
+        half = student.ppf(0.975, repeats - 1) * spread / repeats**0.5 if repeats > 1 else 0.0
         rows.append({"kind": kind, "amount": amount, "accuracy": values.mean(), "deviation": spread,
                      "low": values.mean() - half, "high": values.mean() + half, "repeats": repeats})
     return pd.DataFrame(rows)

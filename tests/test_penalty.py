@@ -94,28 +94,53 @@ def test_only_linear_layers_in_front_of_batch_statistics_lose_the_closed_form():
 
     trained, fixed = deviations(net.train()), deviations(net.eval())
     assert trained["1.weight"] > 3 * fixed["1.weight"]
-    labels_only = penalty.fisher_trace(net.train(), images, generator=torch.Generator().manual_seed(3))["4.weight"]
-    labels = torch.multinomial(net(images).softmax(1), 1, generator=torch.Generator().manual_seed(3))[:, 0]
-    logp = net(images).log_softmax(1)
-    squares = sum(torch.autograd.grad(logp[n, labels[n]], net[4].weight, retain_graph=True)[0].square().sum()
-                  for n in range(len(images)))
-    torch.testing.assert_close(labels_only, squares / len(images))
+
+
+def signed_residuals(net, images, seed):
+    """(diag s - p s^T) e with s = sqrt p, written with matrices, for the signs of one seed."""
+    p = net(images).softmax(1)
+    signs = torch.randint(2, p.shape, generator=torch.Generator().manual_seed(seed)).double() * 2 - 1
+    return torch.stack([(row.sqrt().diag() - row.outer(row.sqrt())) @ e for row, e in zip(p, signs, strict=True)])
 
 
 def test_linear_layers_sum_squares_of_single_images_and_their_gradient_is_exact():
     net, (images, _) = networks()["mlp"].double(), batch()
     traces = penalty.fisher_trace(net, images, "relative_noise", generator=torch.Generator().manual_seed(3))
-    labels = torch.multinomial(net(images).softmax(1), 1, generator=torch.Generator().manual_seed(3))[:, 0]
     expected = 0.0
-    for image, label in zip(images, labels, strict=True):
-        score = torch.autograd.grad(F.cross_entropy(net(image[None]), label[None]), list(net.parameters()),
-                                    create_graph=True)
+    for image, r in zip(images, signed_residuals(net, images, 3), strict=True):
+        score = torch.autograd.grad(net(image[None]), list(net.parameters()), r[None], create_graph=True)
         expected = expected + sum((p.square() * g.square()).sum() for p, g in zip(net.parameters(), score, strict=True))
     ours, theirs = sum(traces.values()), expected / len(images)
     torch.testing.assert_close(ours, theirs)
     for a, b in zip(torch.autograd.grad(ours, list(net.parameters())),
                     torch.autograd.grad(theirs, list(net.parameters())), strict=True):
         torch.testing.assert_close(a, b)
+
+
+def test_the_residuals_have_the_covariance_of_drawn_labels():
+    p = torch.tensor([0.7, 0.2, 0.1 - 1e-40, 1e-40], dtype=torch.float64)
+    draws = penalty._residuals(p.log().expand(100_000, -1), torch.Generator().manual_seed(0))
+    covariance = draws.T @ draws / len(draws)
+    torch.testing.assert_close(covariance, p.diag() - p.outer(p), rtol=0, atol=5e-3)
+    torch.testing.assert_close(draws.mean(0), torch.zeros(4).double(), rtol=0, atol=5e-3)
+
+
+@pytest.mark.parametrize("threat", THREATS)
+@pytest.mark.parametrize("name", networks())
+def test_the_gradient_of_the_trace_is_unbiased_within_four_standard_errors(name, threat):
+    net, (images, _) = networks()[name].double(), batch()
+    parameters, generator = list(net.parameters()), torch.Generator().manual_seed(2)
+
+    def gradient(value):
+        return torch.cat([g.flatten() for g in torch.autograd.grad(value, parameters)])
+
+    expected = gradient(exact_trace(net, images, THREATS[threat]))
+    draws = torch.stack([gradient(sum(penalty.fisher_trace(net, images, THREATS[threat], generator=generator).values()))
+                         for _ in range(300)])
+    others = torch.randn(len(expected), 3, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    for direction in (expected, *others.T):  # along the gradient, and along others
+        along = draws @ direction
+        assert (along.mean() - expected @ direction).abs() < 4 * along.std() / len(along) ** 0.5
 
 
 def test_frozen_and_one_dimensional_tensors_are_left_out_on_request():
@@ -501,6 +526,42 @@ def test_the_weighted_form_is_a_proximal_step_that_never_enters_the_moments(digi
     assert plain["weights"][0].shape == bare["weights"][0].shape
 
 
+def test_the_weighted_form_with_a_quantiser_goes_to_its_levels_by_the_same_proximal_step(digits):
+    net = small(digits)
+    optimizer = torch.optim.Adam(net.parameters(), 1e-2)
+    F.cross_entropy(net(digits.split("train")[0][:64]), digits.split("train")[1][:64]).backward()
+    optimizer.step()
+    before = [p.detach().clone() for p in net.parameters()]
+    penalty.FisherWeighted(5.0, biases=False, quantize=penalty.round_to(2)).shrink(optimizer, net, 5.0, 64)
+    for p, w in zip(net.parameters(), before, strict=True):
+        q, v = penalty.round_to(2)(w), optimizer.state[p]["exp_avg_sq"]
+        expected = q + (w - q) / (1 + 2 * 1e-2 * 5.0 * 64 * v / (1 - 0.999)) if p.ndim > 1 else w
+        torch.testing.assert_close(p.detach(), expected)
+
+
+@pytest.mark.parametrize("make", [lambda: penalty.FisherWeighted(1.0), lambda: penalty.FisherQuantization(1.0)])
+def test_a_decoupled_step_has_the_learning_rate_of_the_step_before_it(digits, monkeypatch, make):
+    taken, used = [], []
+
+    class Keep(torch.optim.Adam):
+        def step(self, closure=None):
+            taken.append(self.param_groups[0]["lr"])
+            return super().step(closure)
+
+    name = "shrink" if isinstance(make(), penalty.FisherWeighted) else "pull"
+    whole = getattr(penalty, type(make()).__name__)
+    plain = getattr(whole, name)
+    monkeypatch.setattr(whole, name, lambda *given: (used.append(given[-1][0]), plain(*given))[1])
+    fit(small(digits), digits, epochs=1, optimizer=lambda net: Keep(net.parameters(), 1e-2), lr=1e-2, penalty=make())
+    assert taken == used
+    assert len(set(taken)) == len(taken) > 2
+
+
+def test_a_share_of_a_small_batch_leaves_batch_statistics(digits):
+    net, (images, labels) = networks()["batch statistics"].double().train(), batch(4)
+    assert penalty.FisherTrace(1.0)(net, images, labels, net(images)).isfinite()
+
+
 def test_quantisation_pulls_weights_to_their_levels(digits):
     def distance(net):
         return sum((p - penalty.round_to(2)(p)).square().sum() for p in net.parameters() if p.ndim > 1).item()
@@ -590,7 +651,7 @@ def test_a_penalty_that_is_not_finite_stops_with_step_term_and_value(digits):
 
 
 def test_outputs_from_which_no_label_can_be_drawn_stop_the_run(digits):
-    with pytest.raises(FloatingPointError, match=r"step \d+: the outputs under FisherTrace.* became nan: lower its"):
+    with pytest.raises(FloatingPointError, match=r"step \d+: FisherTrace.* became nan: lower its"):
         fit(small(digits), digits, epochs=1, optimizer="sgd", lr=1e30, schedule="constant", penalty=penalty.FisherTrace(1e-3))
 
 
