@@ -3,7 +3,7 @@
     OMP_NUM_THREADS=1 python benchmarks/penalty.py --out benchmarks/results/penalty.json
 
 Networks: MLP 784-300-100-10 with batches of 256, ResNet-20 with batches of 128 (BatchNorm in training mode). Times are
-medians over interleaved repeats; the relative deviation of a trace is over repeated draws of its labels on one batch at
+medians over interleaved repeats; the relative deviation of a trace is over repeated draws of its signs on one batch at
 the starting weights. Memory is the growth of the process over three steps, in a process of its own (Linux).
 """
 
@@ -44,7 +44,8 @@ VARIANTS: dict[str, Callable[[], penalty.Penalty | None]] = {
     "NoisyWeights": lambda: penalty.NoisyWeights(0.05),
 }
 BARS = {"FisherWeighted, adam": (1.10, 1.10), "FisherTrace, range": (1.8, 2.2),
-        "FisherTrace, range, an eighth": (1.8, 2.2), "FisherTrace, range, every 8th": (1.3, 1.3)}
+        "FisherTrace, range, an eighth": (1.8, 2.2), "FisherTrace, relative": (1.8, 2.2),
+        "FisherTrace, range, every 8th": (1.3, 1.3)}
 
 
 class Steps:
