@@ -276,7 +276,8 @@ def activations(net: nn.Module, data: ImageData, layers: Sequence[str] | None = 
         gram = _gram(maps) if grams else None
         layer = statistics.setdefault(name, LayerStatistics(name, low=0.0 if rectified else -RANGE))
         layer.add(maps, reduce, bins, gram)
-        layer.largest = torch.linalg.vector_norm(read, torch.inf, (0, 2, 3)).double().clamp_min(layer.largest)
+        largest = torch.maximum(read.amax((0, 2, 3)), -read.amin((0, 2, 3)))
+        layer.largest = largest.double().clamp_min(layer.largest)
         if cross and last:
             before, earlier, earlier_gram = last.pop()
             sums = PairStatistics.of(earlier, maps, (earlier_gram, gram))
@@ -536,8 +537,8 @@ def removable(net: nn.Module, shape: Sequence[int]) -> list[str]:
     not run, such as those of a unit that is switched off, are not among them, nor those whose channels are read in groups.
     """
     net = copy.deepcopy(net).cpu()
-    for tensor in net.state_dict().values():
-        tensor.nan_to_num_(0, 0, 0)  # what can be removed is not a matter of values
+    for tensor in (*net.parameters(), *net.buffers()):
+        tensor.data.nan_to_num_(0, 0, 0)  # what can be removed is not a matter of values
     graph, names = _graph(net, shape), []
     for name, conv in _convolutions(net).items():
         if conv.groups == 1 and conv.out_channels > 1 and conv in graph.module2node:
