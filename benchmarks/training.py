@@ -15,6 +15,7 @@ from __future__ import annotations
 import argparse
 import copy
 import json
+import os
 import platform
 import statistics
 import tempfile
@@ -183,7 +184,9 @@ def main() -> None:
         print(f"{name:30s} {rate:9.0f} images/s" + (f"   fit is {gain:5.2f} times as fast" if gain else ""))
     print(f"200 epochs of CIFAR-10 at this speed: {result['minutes_200_epochs']:.0f} min")
     if output:
-        output.write_text(json.dumps(result, indent=1) + "\n")
+        partial = output.with_suffix(".part")
+        partial.write_text(json.dumps(result, indent=1) + "\n")
+        os.replace(partial, output)
 
 
 if __name__ == "__main__":

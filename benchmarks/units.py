@@ -12,6 +12,7 @@ DenseNet-BC-100 and of every other of its units.
 
 import argparse
 import json
+import os
 import platform
 import resource
 import subprocess
@@ -134,7 +135,9 @@ def main() -> None:
     if options.output:
         conditions = {"images": options.images, "repeats": options.repeats, "device": notebook.device_name(),
                       "torch": torch.__version__, "python": platform.python_version()}
-        options.output.write_text(json.dumps({"conditions": conditions, "ways": found, "sizes": smaller}, indent=1) + "\n")
+        partial = options.output.with_suffix(".part")
+        partial.write_text(json.dumps({"conditions": conditions, "ways": found, "sizes": smaller}, indent=1) + "\n")
+        os.replace(partial, options.output)
 
 
 if __name__ == "__main__":

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import tempfile
 import time
 from pathlib import Path
@@ -70,7 +71,9 @@ def main() -> None:
         options.out.parent.mkdir(parents=True, exist_ok=True)
         facts = {"device": notebook.device_name(), "torch": torch.__version__, "images": options.images,
                  "repeats": options.repeats, "rows": rows}
-        options.out.write_text(json.dumps(facts, indent=1) + "\n")
+        partial = options.out.with_suffix(".part")
+        partial.write_text(json.dumps(facts, indent=1) + "\n")
+        os.replace(partial, options.out)
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """Channels of convolutions: how they relate, which of them repeat what others say, and how to remove those.
 
-A layer is named by its convolution. What is looked at are its feature maps behind the BatchNorm that follows it, if one
-does, and behind a ReLU; the maps are taken in one pass, and nothing of an image stays but sums. Removal is physical, by
+A layer is named by its convolution. What is looked at are its feature maps behind the BatchNorm that reads what it gives,
+if one does, and behind a ReLU; the maps are taken in one pass, and nothing of an image stays but sums. Removal is physical, by
 the package torch-pruning, and checked against the network in which the removed channels are zero where they are read.
 Divergences are in nats.
 """
@@ -18,6 +18,8 @@ import torch
 from sklearn.cluster import AgglomerativeClustering
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from . import divergence
 from .data import Batches, ImageData
@@ -44,13 +46,17 @@ class LayerStatistics:
     covariance : (C, C), divisor N, float64
     histogram : (C, bins) counts. Bins are in units of `scale`; the first and the last one are open, and behind a ReLU the
         first one holds the zeros
+    low : where the bins begin, 0 behind a ReLU
     scale : root mean square of the first batch
+    largest : (C,) largest magnitude of what the network reads: behind a ReLU only where it has one
     hsic : (C, C) inner products of centred Gram matrices, summed over batches; None unless asked for
     """
 
     name: str
     samples: int = 0
+    low: float = 0.0
     scale: float = 1.0
+    largest: Tensor | float = 0.0
     histogram: Tensor | None = None
     hsic: Tensor | None = None
     _shift: Tensor | None = field(default=None, repr=False)
@@ -67,12 +73,17 @@ class LayerStatistics:
         return self._cross / self.samples - offset[:, None] * offset[None, :]
 
     @property
-    def dead(self) -> list[int]:
-        """Channels that are constant, up to rounding, over all samples."""
+    def constant(self) -> list[int]:
+        """Channels that are constant, up to rounding, over all samples: they correlate with nothing."""
         spread = self.covariance.diagonal().clamp_min(0).sqrt()
         return (spread <= 1e-6 * max(self.scale, 1e-30)).nonzero().flatten().tolist()
 
-    def add(self, maps: Tensor, reduce: str, bins: int, low: float, gram: Tensor | None) -> None:
+    @property
+    def dead(self) -> list[int]:
+        """Channels that are zero, up to rounding, where the network reads them: nothing changes without them."""
+        return (self.largest <= 1e-6 * max(self.scale, 1e-30)).nonzero().flatten().tolist()
+
+    def add(self, maps: Tensor, reduce: str, bins: int, gram: Tensor | None) -> None:
         """Count in the maps (N, C, H, W) of a batch, and the Gram matrices of its channels."""
         rows = (maps.mean((2, 3), keepdim=True) if reduce == "mean" else maps).movedim(1, 0).flatten(1)
         if self._shift is None:
@@ -83,7 +94,7 @@ class LayerStatistics:
         self.samples += rows.shape[1]
         self._sum = self._sum + centred.sum(1).double()
         self._cross = self._cross + (centred @ centred.T).double()
-        self.histogram += _histogram(rows, self.scale, bins, low)
+        self.histogram += _histogram(rows, self.scale, bins, self.low)
         if gram is not None:
             hsic = (gram @ gram.T).double()
             self.hsic = hsic if self.hsic is None else self.hsic + hsic
@@ -119,7 +130,7 @@ class Activations:
         return {pair: self.between(*pair, "correlation") for pair in self.pairs}
 
     def dead(self) -> dict[str, list[int]]:
-        """Constant channels by layer, layers without any left out."""
+        """Channels that are zero throughout, by layer, layers without any left out."""
         return {name: layer.dead for name, layer in self.layers.items() if layer.dead}
 
     def relation(self, name: str, kind: str = "kl") -> Tensor:
@@ -133,10 +144,10 @@ class Activations:
         if kind == "cka":
             if layer.hsic is None:
                 raise ValueError("these statistics have no Gram matrices: call activations(..., grams=True)")
-            return _normalised(layer.hsic, layer.dead)
+            return _normalised(layer.hsic, layer.constant)
         second = layer.covariance
         return _normalised(second + torch.outer(layer.mean, layer.mean) if kind == "cosine" else second,
-                           layer.dead if kind == "correlation" else ())
+                           layer.constant if kind == "correlation" else ())
 
     def between(self, first: str, second: str, kind: str = "kl") -> Tensor:
         """Matrix (C, C') between the channels of two layers; beyond "kl" and "js" only where `second` follows `first`.
@@ -148,6 +159,9 @@ class Activations:
         for name in (first, second):
             _check_choice("layer", name, list(self.layers))
         if kind in ("kl", "js"):
+            if self.layers[first].low != self.layers[second].low:
+                raise ValueError(f"the histograms of {first} and {second} have other bins, since the network has a ReLU behind "
+                                 "one of them only: call activations(..., rectify=True)")
             compare = divergence.kl_histogram_pairs if kind == "kl" else divergence.js_histogram_pairs
             return compare(self.layers[first].histogram, self.layers[second].histogram)
         if (first, second) not in self.pairs:
@@ -158,11 +172,12 @@ class Activations:
         layers = self.layers[first], self.layers[second]
         if kind == "correlation":
             # What is left of a constant channel is rounding.
-            alive = [torch.ones(len(one.mean)).index_fill(0, torch.tensor(one.dead, dtype=torch.long), 0) for one in layers]
+            alive = [torch.ones(len(one.mean)).index_fill(0, torch.tensor(one.constant, dtype=torch.long), 0)
+                     for one in layers]
             return pair.correlation * torch.outer(*alive).to(pair.correlation)
         if pair.hsic is None:
             raise ValueError("these statistics have no Gram matrices: call activations(..., grams=True)")
-        inverse = [_inverse_root(one.hsic.diagonal(), one.dead) for one in layers]
+        inverse = [_inverse_root(one.hsic.diagonal(), one.constant) for one in layers]
         return (pair.hsic * inverse[0][:, None] * inverse[1][None, :]).clamp(-1, 1)
 
 
@@ -211,25 +226,27 @@ def _inverse_root(values: Tensor, zero: Iterable[int] = ()) -> Tensor:
     return torch.where(values > 0, values.clamp_min(1e-300).rsqrt(), 0)
 
 
-def _normalised(products: Tensor, dead: Iterable[int] = ()) -> Tensor:
+def _normalised(products: Tensor, constant: Iterable[int] = ()) -> Tensor:
     """Products (C, C) over the roots of their diagonal; 0 where a channel has none, and 1 on the diagonal."""
-    inverse = _inverse_root(products.diagonal(), dead)
+    inverse = _inverse_root(products.diagonal(), constant)
     matrix = products * inverse[:, None] * inverse[None, :]
     return matrix.clamp(-1, 1).fill_diagonal_(1)
 
 
 def activations(net: nn.Module, data: ImageData, layers: Sequence[str] | None = None, reduce: str = "pixels",
-                rectify: bool = True, bins: int = 64, images: int = 5000, grams: bool = False,
+                rectify: bool | None = True, bins: int = 64, images: int = 5000, grams: bool = False,
                 cross: bool = True, batch_size: int = 100) -> Activations:
     """Means, covariances and histograms of all channels of the named layers, in one pass over training images.
 
-    Memory does not depend on the number of images. Sums are kept in float64, those within a batch in the network's type.
+    Beyond a copy of the chosen images, one byte a pixel and colour, memory does not depend on their number. Sums are kept in
+    float64, those within a batch in the network's type.
 
     Parameters
     ----------
     layers : names of convolutions; by default all that run
     reduce : what a sample is: "pixels", every pixel of a map, or "mean", the mean of each map
-    rectify : look at the maps behind a ReLU
+    rectify : look at the maps behind a ReLU, whether or not the network has one there, so that layers compare; None: only
+        behind those that it has
     bins : of the histograms, between 0 (or -6) and 6 root mean squares of the layer, with an open one at either end
     images : number of images, evenly spaced in the training split; all of them if there are fewer
     grams : keep what "cka" needs, too: C products of (batch, batch) matrices, averaged over batches, which biases CKA
@@ -246,22 +263,28 @@ def activations(net: nn.Module, data: ImageData, layers: Sequence[str] | None = 
         raise ValueError(f"bins={bins}: a histogram needs at least 4")
     if grams and batch_size < 2:
         raise ValueError(f"batch_size={batch_size}: Gram matrices compare images of a batch, so give it two or more")
-    chosen, statistics, pairs = list(_named(net, layers)), {}, {}
+    sample, statistics, pairs = _sample(data, images, batch_size), {}, {}
+    places = _places(net, sample, layers)
     last: list[tuple] = []
-    sample = _sample(data, images, batch_size)
 
     def take(name: str, maps: Tensor) -> None:
         _check_finite(name, "activations", maps)  # before the ReLU, behind which -inf is 0
-        maps = F.relu(maps) if rectify else maps
+        positive, has_relu = F.relu(maps), places[name].relu
+        read = positive if has_relu else maps
+        rectified = has_relu if rectify is None else rectify
+        maps = positive if rectified else maps
         gram = _gram(maps) if grams else None
-        statistics.setdefault(name, LayerStatistics(name)).add(maps, reduce, bins, 0.0 if rectify else -RANGE, gram)
+        layer = statistics.setdefault(name, LayerStatistics(name, low=0.0 if rectified else -RANGE))
+        layer.add(maps, reduce, bins, gram)
+        largest = torch.maximum(read.amax((0, 2, 3)), -read.amin((0, 2, 3)))
+        layer.largest = largest.double().clamp_min(layer.largest)
         if cross and last:
             before, earlier, earlier_gram = last.pop()
             sums = PairStatistics.of(earlier, maps, (earlier_gram, gram))
             pairs[before, name] = pairs[before, name] + sums if (before, name) in pairs else sums
         last[:] = [(name, maps, gram)]
 
-    with torch.no_grad(), evaluation_mode(net), _watching(net, chosen, take):
+    with torch.no_grad(), evaluation_mode(net), _watching(places, take):
         for batch, _ in sample:
             last.clear()
             net(batch.to(_device(net)))
@@ -314,11 +337,12 @@ def contribution(net: nn.Module, data: ImageData, layers: Sequence[str] | None =
     """
     if portions < 0:
         raise ValueError(f"portions={portions}: use 0 for whole layers only, or how many parts a layer is cut into")
-    found = _named(net, layers)
+    found = _convolutions(net, layers)
     sample = _sample(data, images, 500, split)
+    places = _places(net, sample, layers)
     statistics = activations(net, data, layers, images=images, cross=False)
     logits = _logits(net, sample)
-    norms = {name: conv.weight.abs().flatten(1).sum(1) for name, (conv, _) in found.items()}
+    norms = {name: conv.weight.abs().flatten(1).sum(1) for name, conv in found.items()}
     rows, before = [], None
     for name, layer in statistics.layers.items():
         order = norms[name].argsort()
@@ -326,7 +350,7 @@ def contribution(net: nn.Module, data: ImageData, layers: Sequence[str] | None =
         pooled = layer.histogram.sum(0, keepdim=True)
         for portion, chosen in parts.items():
             if len(chosen):
-                with _muted(found[name][1], chosen):
+                with _muted(places[name].module, chosen):
                     without = _logits(net, sample)
                 kl_input = None if before is None or portion >= 0 else float(divergence.kl_histogram_pairs(pooled, before))
                 rows.append({"layer": name, "portion": portion, "channels": len(chosen),
@@ -337,7 +361,10 @@ def contribution(net: nn.Module, data: ImageData, layers: Sequence[str] | None =
 
 def _logits(net: nn.Module, sample: Batches) -> Tensor:
     with evaluation_mode(net):
-        return torch.cat([net(images.to(_device(net))) for images, _ in sample])
+        logits = torch.cat([net(images.to(_device(net))) for images, _ in sample])
+    if not torch.isfinite(logits).all():
+        raise ValueError("the outputs of the network are not finite; look for NaN or infinite weights or images")
+    return logits
 
 
 def _prediction_kl(logits: Tensor, changed: Tensor) -> float:
@@ -357,7 +384,7 @@ def _muted(module: nn.Module, channels: Tensor) -> Iterator[None]:
 
 
 def redundant(relation: Tensor, kind: str, count: int, dead: Iterable[int] = ()) -> list[int]:
-    """`count` channels to remove, by clustering: constant ones first, then all but one of each cluster.
+    """`count` channels to remove, by clustering: dead ones first, then all but one of each cluster.
 
     The channels that are left form ``C - count`` clusters by average linkage of the distance (the symmetrised KL, JS,
     ``1 - |correlation|``, ``1 - cosine`` or ``1 - CKA``); the one that is nearest to the others of its cluster stays.
@@ -365,6 +392,7 @@ def redundant(relation: Tensor, kind: str, count: int, dead: Iterable[int] = ())
     Parameters
     ----------
     relation : matrix (C, C) of `relations`
+    dead : channels whose removal changes nothing, as in `LayerStatistics`
     """
     _check_choice("kind", kind, KINDS)
     total = len(relation)
@@ -405,7 +433,7 @@ def choose(net: nn.Module, data: ImageData, criterion: str = "kl", share: float 
     criterion : a kind of `relations`, whose clusters `redundant` thins out; or a score, the lowest of which go: "l1" of
         filters [Li et al. 2017]; "fpgm", summed distance to the other filters [He et al. 2019]; "taylor", mean squared
         change of the loss to first order [Molchanov et al. 2019]; "rank", mean rank of maps [Lin et al. 2020]; "group",
-        the L2 norm of all weights that go together, by torch-pruning [Fang et al. 2023]; "random"
+        sum of squares of all weights that go together, over its mean, by torch-pruning [Fang et al. 2023]; "random"
     share : of each layer's channels, in [0, 1), rounded down
     layers : by default those that `removable` names
     images : of the training split, for criteria that look at images
@@ -413,14 +441,23 @@ def choose(net: nn.Module, data: ImageData, criterion: str = "kl", share: float 
     Returns
     -------
     dict : for `remove`
+
+    Raises
+    ------
+    ValueError
+        an unknown name, a share that is none, a network in which no layer is removable, values that are not finite
     """
     _check_choice("criterion", criterion, CRITERIA)
     if not 0 <= share < 1:
         raise ValueError(f"share={share}: use a share from 0 to below 1")
-    found = _named(net, removable(net, data.shape) if layers is None else layers)
-    counts = {name: int(share * conv.out_channels) for name, (conv, _) in found.items()}
+    names = removable(net, data.shape) if layers is None else layers
+    if layers is None and not names:
+        raise ValueError(f"no convolution of {type(net).__name__} can lose channels: others share them, or what reads them "
+                         "needs as many as there are")
+    found = _convolutions(net, names)
+    counts = {name: int(share * conv.out_channels + 1e-9) for name, conv in found.items()}  # 0.29 * 100 is below 29
     if criterion in KINDS:
-        statistics = activations(net, data, list(found), images=images, grams=criterion == "cka", cross=False)
+        statistics = activations(net, data, names, rectify=None, images=images, grams=criterion == "cka", cross=False)
         return {name: redundant(statistics.relation(name, criterion), criterion, counts[name], layer.dead)
                 for name, layer in statistics.layers.items()}
     values = scores(net, data, criterion, list(found), images, seed)
@@ -431,10 +468,9 @@ def scores(net: nn.Module, data: ImageData, criterion: str = "l1", layers: Seque
            images: int = 1000, seed: int = 0) -> dict[str, Tensor]:
     """A score for each channel of each layer, larger for what should stay; the criteria are explained in `choose`."""
     _check_choice("criterion", criterion, SCORES)
-    found = _named(net, layers)
     if criterion in ("taylor", "rank"):
-        score = _taylor if criterion == "taylor" else _rank
-        values = score(net, found, _sample(data, images, 250))
+        score, sample = _taylor if criterion == "taylor" else _rank, _sample(data, images, 250)
+        values = score(net, _places(net, sample, layers), sample)
         _check_ran(layers, values)
     elif criterion == "group":
         values = _group_norm(net, data.shape, layers)
@@ -444,18 +480,19 @@ def scores(net: nn.Module, data: ImageData, criterion: str = "l1", layers: Seque
             "l1": lambda filters: filters.abs().sum(1),
             "fpgm": lambda filters: torch.cdist(filters, filters).sum(1),
             "random": lambda filters: torch.rand(len(filters), generator=generator)}
-        values = {name: by_weight[criterion](conv.weight.detach().flatten(1)) for name, (conv, _) in found.items()}
+        values = {name: by_weight[criterion](conv.weight.detach().flatten(1))
+                  for name, conv in _convolutions(net, layers).items()}
     for name, value in values.items():
         _check_finite(name, f"scores by {criterion}", value)  # a sort would take NaN for the most important
     return values
 
 
-def _taylor(net: nn.Module, found: Mapping[str, tuple], sample: Batches) -> dict[str, Tensor]:
+def _taylor(net: nn.Module, places: Mapping[str, Place], sample: Batches) -> dict[str, Tensor]:
     total: dict[str, Tensor] = {}
     with torch.enable_grad(), evaluation_mode(net):
         for images, labels in sample:
             maps: dict[str, Tensor] = {}
-            with _watching(net, found, maps.__setitem__):
+            with _watching(places, maps.__setitem__):
                 logits = net(images.to(_device(net)).requires_grad_())
             loss = F.cross_entropy(logits, labels.to(logits.device), reduction="sum")
             # What does not reach the outputs has gradient and score 0.
@@ -467,14 +504,14 @@ def _taylor(net: nn.Module, found: Mapping[str, tuple], sample: Batches) -> dict
 
 
 @torch.no_grad()
-def _rank(net: nn.Module, found: Mapping[str, tuple], sample: Batches) -> dict[str, Tensor]:
+def _rank(net: nn.Module, places: Mapping[str, Place], sample: Batches) -> dict[str, Tensor]:
     total: dict[str, Tensor] = {}
 
     def take(name: str, maps: Tensor) -> None:
         _check_finite(name, "activations", maps)
         total[name] = total.get(name, 0) + torch.linalg.matrix_rank(F.relu(maps)).double().sum(0)
 
-    with evaluation_mode(net), _watching(net, found, take):
+    with evaluation_mode(net), _watching(places, take):
         for images, _ in sample:
             net(images.to(_device(net)))
     return {name: value / len(sample.labels) for name, value in total.items()}
@@ -487,26 +524,38 @@ def _group_norm(net: nn.Module, shape: Sequence[int], layers: Sequence[str] | No
     graph = _graph(net, shape)
     importance = torch_pruning.importance.GroupMagnitudeImportance(p=2)
     return {name: importance(_group(graph, net, name, range(conv.out_channels))).detach()
-            for name, (conv, _) in _named(net, layers).items() if layers is not None or conv in graph.module2node}
+            for name, conv in _convolutions(net, layers).items() if layers is not None or conv in graph.module2node}
 
 
 # Removal.
 
 
 def removable(net: nn.Module, shape: Sequence[int]) -> list[str]:
-    """Names of the convolutions whose channels no other layer shares, for images of `shape` (C, H, W).
+    """Names of the convolutions whose channels no other layer shares and `remove` can take, for images of `shape` (C, H, W).
 
     In a ResNet these are the first convolutions of its units: what is added to the state must fit it. Convolutions that do
-    not run, such as those of a unit that is switched off, are not among them.
+    not run, such as those of a unit that is switched off, are not among them, nor those whose channels are read in groups.
     """
     net = copy.deepcopy(net).cpu()
+    for tensor in (*net.parameters(), *net.buffers()):
+        tensor.data.nan_to_num_(0, 0, 0)  # what can be removed is not a matter of values
     graph, names = _graph(net, shape), []
-    for name, (conv, _) in _named(net).items():
-        if conv.groups == 1 and conv in graph.module2node:
+    for name, conv in _convolutions(net).items():
+        if conv.groups == 1 and conv.out_channels > 1 and conv in graph.module2node:
             writers = [dep for dep, _ in _group(graph, net, name, [0])
                        if isinstance(dep.target.module, (nn.Conv2d, nn.Linear)) and _writes(graph, dep)]
             if len(writers) == 1 and _readers(graph, net, name, [0]):
                 names.append(name)
+    return _tried(net, shape, names)
+
+
+def _tried(net: nn.Module, shape: Sequence[int], names: list[str]) -> list[str]:
+    """Those of the layers that can lose a channel: all of them at once, or else those of either half."""
+    try:
+        remove(net, shape, {name: [0] for name in names})
+    except ValueError:
+        half = len(names) // 2
+        return _tried(net, shape, names[:half]) + _tried(net, shape, names[half:]) if half else []
     return names
 
 
@@ -524,8 +573,9 @@ def remove(net: nn.Module, shape: Sequence[int], channels: Mapping[str, Iterable
     Raises
     ------
     ValueError
-        an unknown layer or position; all channels of a layer; a network that torch-pruning cannot trace; layers whose
-        removal breaks the network or changes what is left, such as those of a residual stream with padded shortcuts
+        an unknown layer or position; all channels of a layer; a network that torch-pruning cannot trace, or whose outputs are
+        not finite; layers whose removal breaks the network, takes other channels along, or changes what is left, such as
+        those of a residual stream with padded shortcuts
 
     Examples
     --------
@@ -540,9 +590,13 @@ def remove(net: nn.Module, shape: Sequence[int], channels: Mapping[str, Iterable
     smaller.cpu().requires_grad_()
     masks = reader_masks(net, shape, chosen)
     graph = _graph(smaller, shape)
-    for name, positions in chosen.items():
-        if positions:
-            _group(graph, smaller, name, positions).prune()
+    try:
+        for name, positions in chosen.items():
+            if positions:
+                _group(graph, smaller, name, positions).prune()
+    except (RuntimeError, IndexError) as problem:
+        raise _refused(f"torch-pruning fails ({problem})") from problem
+    _check_sizes(net, smaller, chosen)
     for parameter, flag in zip(smaller.parameters(), flags, strict=True):
         parameter.requires_grad_(flag)
         parameter.grad = None
@@ -551,12 +605,12 @@ def remove(net: nn.Module, shape: Sequence[int], channels: Mapping[str, Iterable
 
 
 def plan(net: nn.Module, shape: Sequence[int], channels: Mapping[str, Iterable[int]]) -> pd.DataFrame:
-    """What `remove` would cut, before it does: layer, channels before and after, and the layers that read them."""
+    """What `remove` cuts, or refuses: layer, channels before and after, and the layers that read them."""
     chosen = _checked(net, channels)
-    copied = copy.deepcopy(net).cpu()
-    graph, modules = _graph(copied, shape), dict(copied.named_modules())
+    smaller, copied = remove(net, shape, chosen), copy.deepcopy(net).cpu()
+    graph = _graph(copied, shape)
     return pd.DataFrame([
-        {"layer": name, "before": modules[name].out_channels, "after": modules[name].out_channels - len(positions),
+        {"layer": name, "before": net.get_submodule(name).out_channels, "after": smaller.get_submodule(name).out_channels,
          "read by": ", ".join(_readers(graph, copied, name, positions or [0]))}
         for name, positions in chosen.items()])
 
@@ -577,10 +631,10 @@ def masked_logits(net: nn.Module, images: Tensor, masks: Mapping[str, Iterable[i
 
 
 def _checked(net: nn.Module, channels: Mapping[str, Iterable[int]]) -> dict[str, list[int]]:
-    found = _named(net, list(channels))
+    found = _convolutions(net, list(channels))
     chosen = {name: sorted({int(one) for one in channels[name]}) for name in found}
     for name, positions in chosen.items():
-        total = found[name][0].out_channels
+        total = found[name].out_channels
         if positions and not 0 <= positions[0] <= positions[-1] < total:
             raise ValueError(f"channels {positions} of {name}: it has channels 0 to {total - 1}")
         if len(positions) == total:
@@ -603,15 +657,36 @@ def reader_masks(net: nn.Module, shape: Sequence[int], chosen: Mapping[str, list
 def _compare(net: nn.Module, smaller: nn.Module, shape: Sequence[int], masks: Mapping[str, set[int]]) -> None:
     images = torch.randn(4, *shape, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     expected = masked_logits(copy.deepcopy(net).cpu().double(), images, masks)
+    if not torch.isfinite(expected).all():
+        raise ValueError("the outputs of the network are not finite; look for NaN or infinite weights")
     try:
         found = masked_logits(copy.deepcopy(smaller).double(), images, {})
         error = float((found - expected).abs().max() / expected.abs().max().clamp_min(1e-30))
-    except RuntimeError as problem:
-        raise ValueError(f"without these channels the network does not run ({problem}): remove only channels of layers "
-                         "that removable() names") from problem
+    except (RuntimeError, ValueError, IndexError) as problem:
+        raise _refused(f"the network does not run ({problem})") from problem
     if not error <= 1e-5:
-        raise ValueError(f"without these channels the outputs differ by {error:.1e} from those of the network in which they "
-                         "are zero: remove only channels of layers that removable() names")
+        raise _refused(f"the outputs differ by {error:.1e} from those of the network in which they are zero")
+
+
+def _check_sizes(net: nn.Module, smaller: nn.Module, chosen: Mapping[str, list[int]]) -> None:
+    """Every layer has lost what was asked for, and says of itself what its weights are."""
+    for name, positions in chosen.items():
+        lost = net.get_submodule(name).out_channels - smaller.get_submodule(name).out_channels
+        if lost != len(positions):
+            raise _refused(f"{name} would lose {lost} channels in place of {len(positions)}: what reads it binds them together")
+    for name, module in smaller.named_modules():
+        if isinstance(module, nn.Conv2d):
+            said = module.out_channels, module.in_channels // module.groups
+        elif isinstance(module, nn.Linear):
+            said = module.out_features, module.in_features
+        else:
+            continue
+        if said != tuple(module.weight.shape[:2]):
+            raise _refused(f"{name} would have weights {tuple(module.weight.shape)} for {said[1]} inputs and {said[0]} outputs")
+
+
+def _refused(why: str) -> ValueError:
+    return ValueError(f"without these channels {why}: remove only channels of layers that removable() names")
 
 
 def _graph(net: nn.Module, shape: Sequence[int]):
@@ -654,12 +729,8 @@ def _readers(graph, net: nn.Module, name: str, positions: Iterable[int]) -> dict
 # What the functions above share.
 
 
-def _named(net: nn.Module, layers: Sequence[str] | None = None) -> dict[str, tuple[nn.Conv2d, nn.Module]]:
-    """Convolutions by name, each with the module behind which its maps are taken."""
-    modules = list(net.named_modules())
-    following = [module for _, module in modules[1:]] + [nn.Identity()]
-    found = {name: (conv, after if isinstance(after, nn.BatchNorm2d) and after.num_features == conv.out_channels else conv)
-             for (name, conv), after in zip(modules, following, strict=True) if isinstance(conv, nn.Conv2d)}
+def _convolutions(net: nn.Module, layers: Sequence[str] | None = None) -> dict[str, nn.Conv2d]:
+    found = {name: module for name, module in net.named_modules() if isinstance(module, nn.Conv2d)}
     if not found:
         raise ValueError(f"{type(net).__name__} has no nn.Conv2d: channels are those of convolutions")
     if layers is None:
@@ -669,11 +740,75 @@ def _named(net: nn.Module, layers: Sequence[str] | None = None) -> dict[str, tup
     return {name: found[name] for name in layers}
 
 
+@dataclass(frozen=True)
+class Place:
+    """Where the maps of a convolution are taken: behind `module`, the BatchNorm that alone reads what it gives, or itself.
+
+    `relu`: whether a ReLU is all that reads the maps there.
+    """
+
+    module: nn.Module
+    relu: bool
+
+
+@torch.no_grad()
+def _places(net: nn.Module, sample: Batches, layers: Sequence[str] | None = None) -> dict[str, Place]:
+    """By convolution, as two images of the sample find them: the order of definition says nothing of what follows what."""
+    convolutions = _convolutions(net, layers)
+    calls: list[tuple[nn.Module, tuple, Tensor]] = []
+    hooks = [module.register_forward_hook(lambda *call: calls.append(call))
+             for module in net.modules() if isinstance(module, nn.Conv2d | nn.BatchNorm2d)]
+    images = next(iter(sample))[0][:2].to(_device(net))
+    try:
+        with evaluation_mode(net), _Reads() as reads:
+            net(images)
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+    def given(module: nn.Module) -> list[Tensor]:
+        return [output for one, _, output in calls if one is module]
+
+    def place(conv: nn.Conv2d) -> Place:
+        outputs = given(conv)
+        norms = [one for one, inputs, _ in calls if isinstance(one, nn.BatchNorm2d)
+                 and any(x is y for x in inputs for y in outputs)]
+        # A BatchNorm that serves other layers too, or is not all that reads this one, does not stand for it.
+        own = (len(set(norms)) == 1 and len(norms) == len(outputs) == len(given(norms[0]))
+               and all("batch_norm" in str(one) for y in outputs for one in reads.of(y)))
+        module = norms[0] if own else conv
+        return Place(module, all(reads.only_relu(y) for y in given(module)))
+
+    return {name: place(conv) for name, conv in convolutions.items()}
+
+
+class _Reads(TorchDispatchMode):
+    """Which operations read each tensor, in order; it keeps the tensors, so that none takes the place of another."""
+
+    RELUS = (torch.ops.aten.relu, torch.ops.aten.relu_)
+
+    def __init__(self):
+        super().__init__()
+        self.reads: list[tuple[Tensor, object]] = []
+
+    def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        self.reads += [(one, operation.overloadpacket) for one in tree_leaves((args, kwargs)) if isinstance(one, Tensor)]
+        return operation(*args, **kwargs)
+
+    def of(self, tensor: Tensor) -> list[object]:
+        return [operation for one, operation in self.reads if one is tensor]
+
+    def only_relu(self, tensor: Tensor) -> bool:
+        readers = self.of(tensor)
+        # In place, what comes later reads what the ReLU has left.
+        return bool(readers) and (readers[0] is self.RELUS[1] or all(one in self.RELUS for one in readers))
+
+
 @contextlib.contextmanager
-def _watching(net: nn.Module, layers: Iterable[str], take: Callable[[str, Tensor], None]) -> Iterator[None]:
-    found = _named(net, list(layers))
-    handles = [module.register_forward_hook(lambda m, i, output, name=name: take(name, output))
-               for name, (_, module) in found.items()]
+def _watching(places: Mapping[str, Place], take: Callable[[str, Tensor], None]) -> Iterator[None]:
+    handles = [place.module.register_forward_hook(lambda m, i, output, name=name: take(name, output))
+               for name, place in places.items()]
     try:
         yield
     finally:

@@ -275,25 +275,37 @@ def _probabilities(counts: Tensor, smoothing: float) -> Tensor:
 
 
 def energy_distance(x: Tensor, y: Tensor) -> Tensor:
-    """``2 E|X - Y| - E|X - X'| - E|Y - Y'|`` over all pairs of rows x (N, D) and y (M, D), at least 0 (V-statistic)."""
+    """``2 E|X - Y| - E|X - X'| - E|Y - Y'|`` over all pairs of rows x (N, D) and y (M, D) [Szekely and Rizzo 2013].
+
+    At least 0, but for rounding. The pairs of a row with itself count (V-statistic), which biases it upwards: for equal
+    densities by ``(1/N + 1/M) E|X - X'|``.
+    """
     _check_rows(x, y)
+    origin = torch.cat([x, y]).mean(0)
+    x, y = x - origin, y - origin
     return 2 * torch.cdist(x, y).mean() - torch.cdist(x, x).mean() - torch.cdist(y, y).mean()
 
 
 def distance_correlation(x: Tensor, labels: Tensor) -> Tensor:
     """Distance correlation of rows x (N, D) and labels (N,), between 0 and 1 [Szekely et al. 2007], V-statistic.
 
-    Labels lie at distance 1 if they differ, so the covariance is an energy distance between the classes.
+    Labels lie at distance 1 if they differ, so the covariance is an energy distance between the classes. Biased upwards:
+    labels of K equally frequent classes that tell nothing have ``((K - 1) / (N - 1))^(1/4)`` where D is far above N, and
+    less where it is not.
     """
     _check_rows(x)
-    a = _centred(torch.cdist(x, x))
+    a = _centred(_distances(x))
     b = _centred((labels[:, None] != labels[None, :]).to(x.dtype))
     scale = torch.sqrt(a.square().mean() * b.square().mean())
     return torch.sqrt(((a * b).mean() / scale).clamp_min(0)) if scale > 0 else scale
 
 
 def linear_cka(x: Tensor, y: Tensor) -> Tensor:
-    """Centred kernel alignment with linear kernels, ``|X^T Y|^2 / (|X^T X| |Y^T Y|)`` of centred rows, in [0, 1]."""
+    """Centred kernel alignment with linear kernels, ``|X^T Y|^2 / (|X^T X| |Y^T Y|)`` of centred rows, in [0, 1].
+
+    [Kornblith et al. 2019]. Biased upwards where rows are few: independent x and y of far more features than rows have
+    nearly 1, and x with the one-hot labels of K equally frequent classes ``sqrt((K - 1) / (N - 1))``.
+    """
     _check_rows(x, y)
     x, y = x - x.mean(0), y - y.mean(0)
     scale = (x.T @ x).norm() * (y.T @ y).norm()
@@ -303,11 +315,12 @@ def linear_cka(x: Tensor, y: Tensor) -> Tensor:
 def kde_mutual_information(x: Tensor, labels: Tensor, bandwidth: float | None = None) -> Tensor:
     """Mutual information of rows x (N, D) and labels (N,) in nats, from kernel densities, each row left out of its own.
 
-    ``mean_i log p(x_i | y_i) - log sum_c p(c) p(x_i | c)`` with Gaussian kernels. Its bias grows with D.
+    ``mean_i log p(x_i | y_i) - log sum_c p(c) p(x_i | c)`` with Gaussian kernels [Moon et al. 1995]; at most the entropy of
+    the labels. Biased downwards, far below 0 where D is large beside log N: a row that is left out has few others near it.
 
     Parameters
     ----------
-    bandwidth : standard deviation of the kernel; by default Scott's ``N^(-1/(D+4))`` times the root mean variance
+    bandwidth : standard deviation of the kernel; by default Scott's ``N^(-1/(D+4))`` [Scott 1992] times the root mean variance
     """
     _check_rows(x)
     if bandwidth is None:
@@ -316,7 +329,7 @@ def kde_mutual_information(x: Tensor, labels: Tensor, bandwidth: float | None = 
             return x.new_zeros(())
     if not bandwidth > 0:
         raise ValueError(f"bandwidth={bandwidth}: a kernel needs a positive standard deviation")
-    logs = -0.5 * torch.cdist(x, x).square() / bandwidth**2
+    logs = -0.5 * _distances(x).square() / bandwidth**2
     logs.fill_diagonal_(-math.inf)
     member = F.one_hot(labels, int(labels.max()) + 1).to(x.dtype)
     counts, prior = member.sum(0), member.mean(0)
@@ -327,6 +340,12 @@ def kde_mutual_information(x: Tensor, labels: Tensor, bandwidth: float | None = 
     density = (torch.exp(logs - top) @ member) / others.clamp_min(1) + torch.finfo(x.dtype).tiny
     own = density.gather(1, labels[:, None]).squeeze(1)
     return (own.log() - (density @ prior).log()).mean()
+
+
+def _distances(x: Tensor) -> Tensor:
+    """Between all rows; centred first, because the products within cdist lose digits far from the origin."""
+    x = x - x.mean(0)
+    return torch.cdist(x, x)
 
 
 def _centred(distances: Tensor) -> Tensor:

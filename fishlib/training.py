@@ -226,6 +226,7 @@ def fit(net: nn.Module, data: ImageData, *, epochs: int = 10, optimizer: str | C
     reduced = precision == "bfloat16" or (precision == "auto" and _gains_from_bfloat16(data.device))
     conditions = {"epochs": epochs, "lr": lr, "schedule": schedule, "weight_decay": weight_decay, "seed": seed,
                   "label_smoothing": label_smoothing, "data": data.fingerprint, "batch_size": data.batch_size,
+                  "split": data.seed, "images": data.size("train"), "augment": list(data.augment),
                   "optimizer": "custom" if callable(optimizer) else optimizer}
     path = Path(checkpoint) if checkpoint else None
     if path:

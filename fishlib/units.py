@@ -182,9 +182,9 @@ def fisher_score(net: nn.Module, data: ImageData, density: str = "diagonal", pai
         its features, as published
     formula : "fisher", or "published" for that of the published code (diagonal only)
     images : number of training images, evenly spaced in the training split
-    floor : class variances below this are raised to it, in units of the standardised features: without a floor, pixels
-        that hardly vary within a class would decide alone. "full" densities, which are shrunk, need it only in a class
-        where nothing varies
+    floor : class variances below this are raised to it, in units of the standardised features, for "score-matching" by
+        adding noise: without a floor, pixels that hardly vary within a class would decide alone. "full" densities, which
+        are shrunk, need it only in a class where nothing varies
 
     Returns
     -------
@@ -196,7 +196,7 @@ def fisher_score(net: nn.Module, data: ImageData, density: str = "diagonal", pai
     ------
     ValueError
         no units, no images, fewer than two classes, a class with a single image, features that are not finite or do not
-        fit into memory
+        fit into memory, a negative floor
     """
     for name, value, choices in (("density", density, DENSITIES), ("pairs", pairs, PAIRS), ("feature", feature, FEATURES),
                                  ("standardise", standardise, STANDARDISE), ("formula", formula, FORMULAS)):
@@ -204,6 +204,8 @@ def fisher_score(net: nn.Module, data: ImageData, density: str = "diagonal", pai
             raise ValueError(f"unknown {name} {value!r}: use one of {', '.join(choices)}")
     if formula == "published" and density != "diagonal":
         raise ValueError("the published formula is for diagonal densities: use density='diagonal'")
+    if not 0 <= floor < np.inf:
+        raise ValueError(f"floor={floor}: use a variance of at least 0, such as 0.01")
     if density == "diagonal":
         values = _diagonal_scores(net, data, pairs, feature, standardise, formula, images, floor, batch_size)
     else:
@@ -300,8 +302,15 @@ def _pairwise(x: Tensor, labels: Tensor, density: str, between: list[tuple[int, 
                 one.diagonal().fill_(floor)
         mean = {label: one.mean(0) for label, one in rows.items()}
         return [float(divergence.fisher_divergence_gaussian(mean[p], cov[p], mean[q], cov[q])) for p, q in between]
-    scores = {label: divergence.fit_score(one.float(), seed=seed) for label, one in rows.items()}
-    return [float(divergence.fisher_divergence_sampled(rows[p].float(), scores[p], scores[q])) for p, q in between]
+    rows = {label: _raised(one, floor, seed + label).float() for label, one in rows.items()}
+    scores = {label: divergence.fit_score(one, seed=seed) for label, one in rows.items()}
+    return [float(divergence.fisher_divergence_sampled(rows[p], scores[p], scores[q])) for p, q in between]
+
+
+def _raised(x: Tensor, floor: float, seed: int) -> Tensor:
+    """Rows with so much noise that every feature has a variance of `floor` or more: a density, which an atom has not."""
+    noise = torch.randn(x.shape, generator=torch.Generator().manual_seed(seed), dtype=x.dtype).to(x.device)
+    return x + noise * (floor - x.var(0)).clamp_min(0).sqrt()
 
 
 def energy_score(net: nn.Module, data: ImageData, feature: str = "pooled", standardise: str = "feature",
@@ -587,7 +596,7 @@ def prune_units(net: nn.Module, data: ImageData, stages: int = 3, candidates: Se
     score : a name out of `SCORES`, or a function of network and data to a Series of every unit, indexed by position
     tolerance : in units of the error, a fraction. The paper's rule is 0: with the training error it favours the largest k.
     head : see `heads`
-    retrain : keyword arguments of `fit`; None leaves the weights
+    retrain : keyword arguments of `fit` other than `checkpoint` and `seed`; None leaves the weights
     decide : split whose error decides, "validation" or "train" (the paper's)
     compare : "before": candidates are compared as they are cut, and only the chosen one is retrained; "after": each one is
         retrained first, which costs more
@@ -602,14 +611,15 @@ def prune_units(net: nn.Module, data: ImageData, stages: int = 3, candidates: Se
         wrong arguments, a network without units, a folder that is damaged or of a run with other arguments, or one for
         arguments that cannot be told apart
     """
-    candidates = np.asarray(candidates).tolist() if isinstance(candidates, np.ndarray) else candidates
-    _check_pruning(net, stages, candidates, tolerance, decide, compare, score)
+    candidates = _as_lists(candidates)
+    _check_pruning(net, stages, candidates, tolerance, decide, compare, score, retrain or {})
     net = keep(net, range(len(units_of(net)))).to(data.device)
     active = [position for position, unit in enumerate(net.units) if unit.active]
     store = Store(folder, {
         "stages": stages, "candidates": candidates, "score": score, "tolerance": tolerance, "head": head,
         "retrain": dict(retrain or {}), "decide": decide, "compare": compare, "seed": seed, "data": data.fingerprint,
-        "images": data.size("train"), "split": data.seed, "network": digest(net.state_dict())})
+        "images": data.size("train"), "split": data.seed, "batch_size": data.batch_size, "augment": data.augment,
+        "network": digest(net.state_dict())})
     done = store.load()
     if not done:
         done = [{"kept": active, "scores": [], "candidates": [_measure(keep(net, active), active, data)
@@ -701,7 +711,7 @@ def _measure(net: nn.Module, kept: list[int], data: ImageData) -> dict[str, Any]
 
 
 def _check_pruning(net: nn.Module, stages: int, candidates: Sequence, tolerance: float, decide: str, compare: str,
-                   score: Any) -> None:
+                   score: Any, retrain: Mapping[str, Any]) -> None:
     count = len(units_of(net))
     if stages < 1:
         raise ValueError(f"stages={stages}: use at least 1")
@@ -713,17 +723,33 @@ def _check_pruning(net: nn.Module, stages: int, candidates: Sequence, tolerance:
         raise ValueError(f"compare={compare!r}: use 'before' or 'after'")
     if not callable(score) and score not in SCORES:
         raise ValueError(f"unknown score {score!r}: use one of {', '.join(SCORES)}")
-    if not isinstance(candidates, Sequence) or len(candidates) == 0 or (_nested(candidates) and len(candidates) < stages):
+    taken = [name for name in inspect.signature(fit).parameters if name not in ("net", "data", "checkpoint", "seed")]
+    if wrong := [name for name in retrain if name not in taken]:
+        raise ValueError(f"retrain has {', '.join(wrong)}: use {', '.join(taken)}; the folder keeps the checkpoints, and the "
+                         "seed is that of prune_units")
+    given = candidates if isinstance(candidates, list) else []
+    values = [one for part in given for one in (part if isinstance(part, list) else [part])]
+    mixed = len({isinstance(part, list) for part in given}) > 1 or not all(isinstance(one, int | float) for one in values)
+    if not given or mixed or (_nested(given) and len(given) < stages):
         raise ValueError(f"candidates {candidates!r}: give numbers or shares, or {stages} lists of them")
-    for value in [one for part in candidates for one in (part if _nested(candidates) else [part])]:
+    for value in values:
         if isinstance(value, float) and not 0 < value < 1:
             raise ValueError(f"candidate {value}: a share lies between 0 and 1, a number of clusters is an integer")
         if not isinstance(value, float) and not 1 <= value <= count:
             raise ValueError(f"candidate k={value}: the network has {count} units")
 
 
+def _as_lists(candidates: Any) -> Any:
+    """Sequences and NumPy's arrays as lists, NumPy's numbers as Python's."""
+    if isinstance(candidates, np.ndarray | np.generic):
+        return candidates.tolist()
+    if isinstance(candidates, Sequence) and not isinstance(candidates, str):
+        return [_as_lists(one) for one in candidates]
+    return candidates
+
+
 def _nested(candidates: Sequence) -> bool:
-    return not isinstance(candidates[0], int | float)
+    return isinstance(candidates[0], list)
 
 
 def _candidates(candidates: Sequence, stage: int, active: int) -> list[int]:

@@ -3,6 +3,7 @@
 import copy
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from hypothesis import given, settings
@@ -141,12 +142,105 @@ def test_dead_channels_are_reported_and_leave_every_relation_finite(net, data, k
     net[1].weight.data[3], net[1].bias.data[3] = 0, -1
     net[1].weight.data[5], net[1].bias.data[5] = 0, 0.7
     found = channels.activations(net, data, images=100, grams=True)
-    assert found.dead()["0"] == [3, 5]
+    assert found.dead()["0"] == [3]
+    assert found.layers["0"].constant == [3, 5]
     matrix = found.relation("0", kind)
     assert torch.isfinite(matrix).all()
     if kind in ("correlation", "cka"):
         assert matrix[3, [0, 1, 2, 4]].abs().max() == 0
     assert set(channels.redundant(matrix, kind, 2, [3, 5])) == {3, 5}
+
+
+class DefinedOutOfOrder(nn.Module):
+    """As many tutorials write it: all convolutions first."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv1, self.conv2 = nn.Conv2d(1, 8, 3, padding=1), nn.Conv2d(8, 8, 3, padding=1)
+        self.bn1, self.bn2, self.fc = nn.BatchNorm2d(8), nn.BatchNorm2d(8), nn.Linear(8, 10)
+
+    def forward(self, x):
+        x = torch.relu(self.bn1(self.conv1(x)))
+        return self.fc(torch.relu(self.bn2(self.conv2(x))).mean((2, 3)))
+
+
+def test_maps_are_those_behind_the_batchnorm_that_reads_them_in_whatever_order_layers_are_defined(data):
+    torch.manual_seed(0)
+    net = with_statistics(DefinedOutOfOrder())
+    nn.init.constant_(net.bn2.bias, 3.0)
+    net.bn2.weight.data[4], net.bn2.bias.data[4] = 0, -1
+    found = channels.activations(net, data, images=10_000)
+    with torch.no_grad():
+        first = torch.relu(net.bn1(net.conv1(data.split("train")[0])))
+        second = torch.relu(net.bn2(net.conv2(first)))
+    for name, maps in (("conv1", first), ("conv2", second)):
+        torch.testing.assert_close(found.layers[name].mean, maps.mean((0, 2, 3)).double(), rtol=1e-4, atol=1e-5)
+    assert found.dead() == {"conv2": [4]}
+
+
+class Shared(nn.Module):
+    """One BatchNorm for two convolutions, and a convolution that is read beside its BatchNorm."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b, self.c = nn.Conv2d(1, 4, 3), nn.Conv2d(1, 4, 3), nn.Conv2d(4, 4, 1)
+        self.both, self.own, self.fc = nn.BatchNorm2d(4), nn.BatchNorm2d(4), nn.Linear(4, 10)
+
+    def forward(self, x):
+        given = self.c(self.both(self.a(x)) + self.both(self.b(x)))
+        return self.fc((given + torch.relu(self.own(given))).mean((2, 3)))
+
+
+def test_a_batchnorm_that_stands_for_more_than_one_convolution_or_for_a_part_of_one_is_not_taken(data):
+    torch.manual_seed(0)
+    net = with_statistics(Shared())
+    net.own.weight.data[1], net.own.bias.data[1] = 0, -1
+    found = channels.activations(net, data, images=10_000, rectify=None)
+    maps = net.a(data.split("train")[0]).detach()
+    torch.testing.assert_close(found.layers["a"].mean, maps.mean((0, 2, 3)).double(), rtol=1e-4, atol=1e-5)
+    assert found.dead() == {}
+
+
+@pytest.mark.parametrize("relu", [nn.ReLU(), nn.ReLU(inplace=True), nn.Identity(), nn.MaxPool2d(1)])
+def test_a_channel_that_is_negative_throughout_is_dead_only_where_a_relu_follows(data, relu):
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Conv2d(1, 8, 3), relu, nn.Conv2d(8, 8, 3), nn.Flatten(), nn.Linear(128, 10)).eval()
+    net[0].bias.data[2] = -5
+    for rectify in (True, False, None):
+        found = channels.activations(net, data, images=100, rectify=rectify)
+        assert found.dead() == ({"0": [2]} if isinstance(relu, nn.ReLU) else {})
+    chosen = channels.choose(net, data, "correlation", 0.125, ["0"], images=100)
+    raw = channels.activations(net, data, ["0"], images=100, rectify=False)
+    if not isinstance(relu, nn.ReLU):
+        assert chosen["0"] == channels.redundant(raw.relation("0", "correlation"), "correlation", 1)
+        assert channels.activations(net, data, ["0"], images=100).layers["0"].constant == [2]
+    else:
+        assert chosen["0"] == [2]
+
+
+def test_channels_that_are_added_to_a_residual_stream_are_not_dead_for_being_negative(data):
+    torch.manual_seed(0)
+    net = with_statistics(nets.resnet(8, 10, 1, 4))
+    net.units[0].bn2.bias.data[3] = net.units[1].bn1.bias.data[3] = -50
+    dead = channels.activations(net, data, images=50).dead()
+    assert "steps.0.conv2" not in dead
+    assert 3 in dead["steps.1.conv1"]
+
+
+def test_histograms_of_layers_with_and_without_a_relu_are_not_compared(data):
+    found = channels.activations(with_statistics(nets.resnet(8, 10, 1, 4)), data, images=20, rectify=None)
+    assert found.between("conv", "steps.0.conv1", "kl").shape == (4, 4)
+    with pytest.raises(ValueError, match=r"steps.0.conv1 and steps.0.conv2 have other bins, .*rectify=True"):
+        found.between("steps.0.conv1", "steps.0.conv2", "kl")
+
+
+def test_a_channel_that_is_constant_but_not_zero_is_not_dead(net, data):
+    net[1].weight.data[3], net[1].bias.data[3] = 0, 5
+    found = channels.activations(net, data, images=50, grams=True)
+    assert "0" not in found.dead()
+    assert found.layers["0"].constant == [3]
+    for kind in channels.KINDS:
+        assert 3 not in channels.choose(net, data, kind, 0.13, ["0"], images=50)["0"]
 
 
 def test_nothing_of_the_callers_network_changes(net, data):
@@ -180,6 +274,7 @@ def test_nothing_of_the_callers_network_changes(net, data):
     (lambda net, data: channels.contribution(nets.mlp(), data), "has no nn.Conv2d"),
     (lambda net, data: channels.scores(net, data, "foo"), "use one of l1, fpgm, taylor, rank, group, random"),
     (lambda net, data: channels.choose(net, data, share=1.0), "below 1"),
+    (lambda net, data: channels.choose(nets.relation_net("attention"), data), "no convolution of Sequential can lose channels"),
 ])
 def test_bad_input_is_named(net, data, call, message):
     with pytest.raises(ValueError, match=message):
@@ -192,6 +287,15 @@ def test_weights_that_are_not_numbers_are_named_by_every_criterion(net, data, cr
     with pytest.raises(ValueError, match=r"layer 4: .* not finite"):
         channels.choose(net, data, criterion, layers=["4"], images=20)
     assert not net[1]._forward_hooks
+
+
+def test_a_head_that_is_not_a_number_is_named(net, data):
+    net[-1].bias.data[0] = float("nan")
+    for call in (lambda: channels.contribution(net, data, images=20), lambda: channels.remove(net, SHAPE, {"0": [1]}),
+                 lambda: channels.plan(net, SHAPE, {"0": [1]})):
+        with pytest.raises(ValueError, match="outputs of the network are not finite"):
+            call()
+    assert channels.removable(net, SHAPE) == ["0", "4"]
 
 
 def test_minus_infinity_is_not_taken_for_a_dead_channel(net, data):
@@ -244,6 +348,19 @@ def test_contribution_is_the_kl_of_predictions_with_and_without(net, data):
     assert table.kl.is_monotonic_increasing
 
 
+def test_input_divergence_is_that_between_the_histograms_of_all_values(net, data):
+    table = channels.contribution(net, data, portions=2, images=10_000).set_index(["layer", "portion"])
+    images, shares = data.split("train")[0], []
+    edges = np.concatenate([[-np.inf], np.linspace(0, channels.RANGE, 63), [np.inf]])
+    first = next(iter(data.batches("train", 100, shuffle=False)))[0]
+    for depth in (3, 7):
+        maps, scale = maps_of(net, images, depth).double(), maps_of(net, first, depth).double().square().mean().sqrt()
+        counts = pd.cut(pd.Series((maps / scale).flatten().numpy()), edges).value_counts(sort=False).to_numpy() + 0.5
+        shares.append(counts / counts.sum())
+    assert table.loc[("4", -1), "kl_input"] == pytest.approx(entropy(shares[1], shares[0]), rel=1e-3)
+    assert table.kl_input.notna().sum() == 1
+
+
 # Choice.
 
 
@@ -286,6 +403,25 @@ def test_fpgm_and_rank_are_what_they_are_named_for(net, data):
     images = data.split("train")[0]
     ranks = np.linalg.matrix_rank(maps_of(net, images, 3).numpy()).mean(0)
     np.testing.assert_allclose(channels.scores(net, data, "rank", ["0"], images=10_000)["0"], ranks, atol=0.02)
+
+
+def test_l1_is_the_sum_of_magnitudes_of_a_filter(net, data):
+    expected = [sum(abs(w) for w in one.flatten().tolist()) for one in net[4].weight]
+    assert channels.scores(net, data, "l1")["4"].tolist() == pytest.approx(expected)
+    chosen = channels.choose(net, data, "l1", 0.25, ["4"])
+    assert chosen["4"] == sorted(np.argsort(expected)[:4].tolist())
+
+
+def test_group_is_the_sum_of_squares_of_all_weights_that_go_together(net, data):
+    found = channels.scores(net, data, "group", ["0"])["0"]
+    expected = torch.stack([net[0].weight[c].square().sum() + net[1].weight[c].square() + net[4].weight[:, c].square().sum()
+                            for c in range(8)]).detach()
+    torch.testing.assert_close(found, expected / expected.mean())
+
+
+def test_a_share_of_channels_is_not_rounded_down_below_a_whole_number(data):
+    net = nets.small_cnn(10, SHAPE, 100)
+    assert {name: len(one) for name, one in channels.choose(net, data, "l1", 0.29).items()} == {"0": 29, "4": 58}
 
 
 # Removal.
@@ -338,6 +474,31 @@ def test_removal_that_cannot_be_is_refused(net):
         channels.remove(net, SHAPE, {"0": [8]})
     with pytest.raises(ValueError, match="leave at least one"):
         channels.remove(net, SHAPE, {"0": range(8)})
+
+
+def grouped():
+    return nn.Sequential(nn.Conv2d(1, 8, 3), nn.ReLU(), nn.Conv2d(8, 8, 3, groups=2), nn.ReLU(), nn.Conv2d(8, 8, 3),
+                         nn.ReLU(), nn.Flatten(), nn.Linear(32, 10)).eval()
+
+
+@pytest.mark.parametrize(("build", "names"), [
+    (lambda: nets.maxout_net(width=16), []), (grouped, ["4"]), (lambda: nets.relation_net("channel3d", width=16), []),
+    (lambda: nets.relation_net("separable", width=16), ["11.1"]),
+    (lambda: nn.Sequential(nn.Conv2d(1, 1, 1), *grouped()), ["5"])])
+def test_layers_whose_channels_are_bound_together_are_not_removable(build, names):
+    torch.manual_seed(0)
+    assert channels.removable(with_statistics(build()), SHAPE) == names
+
+
+@pytest.mark.parametrize("positions", [[1], [0, 1], [0, 2, 5], range(0, 16, 2)])
+def test_removal_of_other_channels_than_were_asked_for_is_refused(positions):
+    torch.manual_seed(0)
+    net = with_statistics(nets.maxout_net(width=16))
+    for call in (channels.remove, channels.plan):
+        with pytest.raises(ValueError, match=r"would (lose|have weights) .*: remove only channels of layers that removable"):
+            call(net, SHAPE, {"0": positions})
+    with pytest.raises(ValueError, match="remove only channels of layers that removable"):
+        channels.remove(net, SHAPE, channels.choose(net, ImageData("digits", device="cpu", limit=100), "l1", layers=["0", "4"]))
 
 
 class Untraceable(nn.Module):

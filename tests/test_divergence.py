@@ -165,6 +165,32 @@ def test_dependence_is_large_for_separated_classes_and_small_for_mixed_ones():
     assert dv.linear_cka(noise, onehot) < 0.1
 
 
+def test_measures_of_dependence_do_not_change_far_from_the_origin():
+    g = torch.Generator().manual_seed(0)
+    near, labels = torch.randn(80, 3, generator=g), torch.arange(80) % 2
+    near[labels == 1] += 0.5
+    rows = 100 + 0.01 * near  # float32
+    exact = rows.double() - 100
+    for found, expected in ((dv.distance_correlation(rows, labels), dv.distance_correlation(exact, labels)),
+                            (dv.kde_mutual_information(rows, labels), dv.kde_mutual_information(exact, labels)),
+                            (dv.energy_distance(rows[:40], rows[40:]), dv.energy_distance(exact[:40], exact[40:]))):
+        assert found.dtype == torch.float32
+        assert float(found) == pytest.approx(float(expected), rel=1e-3)
+    assert dv.distance_correlation(rows, labels) > 0.1
+
+
+def test_bias_of_independent_features_is_as_stated():
+    g = torch.Generator().manual_seed(0)
+    x, y = (torch.randn(50, 5000, generator=g, dtype=torch.float64) for _ in range(2))
+    labels = torch.arange(50) % 5
+    assert float(dv.distance_correlation(x, labels)) == pytest.approx((4 / 49) ** 0.25, rel=0.02)
+    assert float(dv.linear_cka(x, torch.nn.functional.one_hot(labels).double())) == pytest.approx((4 / 49) ** 0.5, rel=0.05)
+    assert dv.linear_cka(x, y) > 0.98
+    pairs = torch.cdist(x, x).sum() / (50 * 49)
+    assert float(dv.energy_distance(x, y)) == pytest.approx(float((1 / 50 + 1 / 50) * pairs), rel=0.1)
+    assert dv.kde_mutual_information(x, labels) < -1
+
+
 def test_constant_features_depend_on_nothing():
     x, labels = torch.ones(6, 2), torch.arange(6) % 2
     assert dv.distance_correlation(x, labels) == 0

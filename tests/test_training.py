@@ -101,6 +101,16 @@ def test_a_checkpoint_of_another_run_or_a_damaged_one_is_refused(small, net, tmp
         fit(net, small, epochs=1, checkpoint=file)
 
 
+@pytest.mark.parametrize(("changed", "message"), [
+    ({"seed": 1}, "split 0 there, 1 here"), ({"limit": 300}, "images 360 there, 270 here"),
+    ({"augment": ("cutout",)}, r"augment \[\] there, \['cutout'\] here")])
+def test_a_checkpoint_of_other_training_images_is_refused(small, net, tmp_path, changed, message):
+    fit(net, small, epochs=1, checkpoint=tmp_path / "run")
+    other = ImageData("digits", **{"batch_size": 32, "limit": 400, "device": "cpu"} | changed)
+    with pytest.raises(ValueError, match=rf"other settings \({message}\)"):
+        fit(net, other, epochs=1, checkpoint=tmp_path / "run")
+
+
 @pytest.mark.parametrize("width", [12, 20])
 def test_a_checkpoint_of_another_network_is_refused(small, tmp_path, width):
     torch.manual_seed(0)

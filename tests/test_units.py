@@ -174,6 +174,25 @@ def test_every_score_names_the_active_units_and_changes_nothing(name, dense, dat
     assert torch.equal(generator, torch.random.get_rng_state())
 
 
+def test_norm_and_cka_scores_are_those_of_their_definitions(dense, net, data):
+    unit = dense.units[1]
+    weights = np.concatenate([unit.conv1.weight.detach().numpy().ravel(), unit.conv2.weight.detach().numpy().ravel()])
+    assert units.norm_score(dense)[1] == pytest.approx(np.sqrt(np.mean(weights.astype(float) ** 2)))
+    images, labels = data.split("train")
+    kept = []
+    hook = net.units[3].writer.register_forward_hook(lambda module, inputs, output: kept.append(output))
+    with torch.no_grad():
+        net.eval()(images)
+    hook.remove()
+    x = kept[0].mean((2, 3)).double().numpy()
+    x = (x - x.mean(0)) / x.std(0)
+    same = (labels[:, None] == labels[None, :]).double().numpy()
+    centre = np.eye(len(x)) - 1 / len(x)
+    k, m = centre @ x @ x.T @ centre, centre @ same @ centre  # Gram matrices over the images
+    expected = (k * m).sum() / np.sqrt((k * k).sum() * (m * m).sum())
+    assert units.cka_score(net, data, images=10_000)[3] == pytest.approx(expected, rel=1e-4)
+
+
 def test_full_density_and_score_matching_give_finite_scores_of_pooled_features(net, data):
     small, two = units.keep(net, [3]), Labelled(data, [0, 1] * 60)
     for density in ("full", "score-matching"):
@@ -207,6 +226,24 @@ def test_score_of_a_constant_unit_is_zero(density, net, data):
     found = units.fisher_score(other, Labelled(data, [0, 1] * 30), density=density, feature="pooled", images=60)
     assert found[1] == 0
     assert found[0] > 0
+
+
+def test_score_matching_of_a_class_in_which_nothing_varies_takes_the_floor(monkeypatch):
+    g = torch.Generator().manual_seed(0)
+    x = torch.cat([torch.zeros(200, 1), 1 + torch.randn(200, 1, generator=g)])
+    monkeypatch.setattr(units, "collect", lambda *_: ([x], torch.arange(400) // 200))
+    for floor in (0.25, 1.0):
+        mean, var = torch.tensor([0.0, 1.0])[:, None], torch.tensor([floor, 1.0])[:, None]
+        expected = float(divergence.fisher_divergence_pairs(mean, var).max())
+        (found,) = units._density_scores(None, None, "score-matching", "all", "pooled", "feature", 400, floor, 0)
+        assert expected / 2 < found < 2 * expected  # a learned score is no more exact
+
+
+def test_noise_raises_only_the_variances_below_the_floor():
+    x = torch.randn(4000, 3, generator=torch.Generator().manual_seed(0), dtype=torch.float64) * torch.tensor([0.0, 0.1, 1.0])
+    raised = units._raised(x, 0.04, 1)
+    assert raised.var(0)[:2] == pytest.approx([0.04, 0.04], rel=0.05)
+    assert torch.equal(raised[:, 2], x[:, 2])
 
 
 def test_full_density_of_a_class_in_which_nothing_varies_takes_the_floor(monkeypatch):
@@ -265,9 +302,10 @@ def test_features_that_do_not_fit_are_refused_before_memory_runs_out(net, data, 
 @pytest.mark.parametrize(("call", "wrong", "message"), [
     (units.fisher_score, {"images": 0}, "images=0"), (units.fisher_score, {"batch_size": 0}, "batch_size=0"),
     (units.fisher_score, {"images": -5}, "images=-5"), (units.energy_score, {"images": 0}, "images=0"),
+    (units.fisher_score, {"floor": -1.0}, "floor=-1.0"), (units.fisher_score, {"floor": float("nan")}, "floor=nan"),
     (units.taylor_score, {"images": 0}, "images=0"), (units.lesion, {"batch_size": 0}, "batch_size=0"),
     (units.lesion, {"order": "random", "repeats": 0}, "repeats=0")])
-def test_no_images_no_batches_and_no_repeats_are_named(call, wrong, message, net, data):
+def test_numbers_that_cannot_be_are_named(call, wrong, message, net, data):
     with pytest.raises(ValueError, match=message):
         call(net, data, **wrong)
 
@@ -392,7 +430,8 @@ def test_candidates_may_be_an_array_and_a_score_in_any_order(net, data):
     def score(net, data):
         return pd.Series([0.0, 5.0, 0.1, 5.1, 10.0, 0.2])[::-1]
 
-    assert units.prune_units(net, data, stages=1, candidates=np.array([3, 6]), score=score).kept == [1, 2, 4]
+    for candidates in (np.array([3, 6]), [np.int64(3)], [np.array([3, 6])], (np.float32(0.5),), range(3, 4)):
+        assert units.prune_units(net, data, stages=1, candidates=candidates, score=score).kept == [1, 2, 4]
 
 
 def test_shares_are_of_the_active_units_and_a_stage_without_candidates_ends_the_run(net, data):
@@ -450,6 +489,15 @@ def test_pruning_killed_anywhere_ends_as_the_undisturbed_run(moment, build, data
     pd.testing.assert_frame_equal(again.table, undisturbed.table)
 
 
+@pytest.mark.parametrize("changed", [{"batch_size": 16}, {"augment": ("cutout",)}, {"seed": 1}])
+def test_folder_of_a_run_on_other_batches_is_refused(net, data, tmp_path, changed):
+    run = functools.partial(units.prune_units, net, stages=1, candidates=[3], score="norm", folder=tmp_path)
+    run(data)
+    other = ImageData("digits", **{"device": "cpu", "limit": 400, "validation": 0.25} | changed)
+    with pytest.raises(ValueError, match="other settings"):
+        run(other)
+
+
 def test_folder_of_another_or_a_damaged_run_is_refused(net, data, tmp_path):
     run = functools.partial(units.prune_units, net, data, stages=1, score="norm", folder=tmp_path)
     run(candidates=[3])
@@ -499,7 +547,11 @@ def test_what_cannot_be_told_apart_is_refused_before_anything_is_written(net, da
     ({"candidates": []}, "give numbers or shares"), ({"stages": 0}, "stages=0"), ({"decide": "test"}, "test split"),
     ({"compare": "x"}, "'before' or 'after'"), ({"score": "x"}, "use one of fisher"), ({"head": "x"}, "unknown head"),
     ({"tolerance": -0.1}, "tolerance=-0.1"), ({"tolerance": float("nan")}, "tolerance=nan"),
-    ({"candidates": 2}, "candidates 2: give numbers"), ({"candidates": np.array([9])}, "candidate k=9"),
+    ({"candidates": 2}, "candidates 2: give numbers"), ({"candidates": [[2], 3]}, "give numbers or shares, or 1 lists"),
+    ({"candidates": "ab"}, "candidates 'ab': give numbers"), ({"candidates": ["a"]}, "give numbers"),
+    ({"retrain": {"seed": 3}}, "retrain has seed: use epochs, .* the seed is that of prune_units"),
+    ({"retrain": {"checkpoint": "x"}}, "retrain has checkpoint"), ({"retrain": {"epoch": 1}}, "retrain has epoch"),
+    ({"candidates": np.array([9])}, "candidate k=9"),
     ({"score": lambda net, data: pd.Series([1.0, 2.0])}, r"of \[0, 1\]: let it give .* units 0 to 5"),
     ({"score": lambda net, data: pd.Series(range(8))}, "units 0 to 5"),
     ({"score": lambda net, data: [1.0] * 6}, "gave a list")])
