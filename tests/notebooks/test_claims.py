@@ -78,7 +78,7 @@ def test_the_file_beside_a_published_one_is_the_smallest_that_validation_allows(
     assert (one["judged_ratio"], one["judged_fewer"]) == (21, 50)
     assert one["judged_error"] == pytest.approx(0.03)
     assert "2 % of the weights, the smallest" in one["judged_note"]
-    assert one["judged_note"].endswith("would not have chosen: 11 times at 2.00%, 41 times at 1.00%")
+    assert one["judged_note"].endswith("would not have chosen: 41 times at 1.00%, 11 times at 2.00%")
 
 
 def test_where_validation_allows_no_file_the_chapters_own_choice_is_judged_whatever_the_test_images_say():

@@ -85,7 +85,8 @@ def test_one_run_is_chosen_by_its_name_or_by_that_of_its_claim(book):
 
 @pytest.mark.parametrize(("words", "message"), [
     ([], "name a chapter"), (["--budget", "10m", "10_one"], "goes with --claims"), (["--claims", "missing", "10_one"], "alone"),
-    (["--claims", "missing", "--profile", "full"], "alone"), (["--claims", "missing", "--budget", "soon"], "write 90s")])
+    (["--claims", "missing", "--profile", "full"], "alone"), (["--claims", "missing", "--budget", "soon"], "write 90s"),
+    (["--claims", ""], "'' is neither")])
 def test_words_that_do_not_go_together_are_refused(book, words, message):
     book(one="x = 1")
     result = fishlib("run", *words)
@@ -106,18 +107,53 @@ def test_a_run_without_its_data_or_too_long_for_the_budget_is_not_begun(book, mo
     monkeypatch.setattr(chapters, "ROOT", tmp_path)
     book(one="x = 1", dataset="mnist")
     result = fishlib("run", "--claims", "missing")
-    assert result.exit_code == 0
+    assert result.exit_code == 1
     assert "put it into FISHLIB_DATA" in result.output
+    assert result.output.endswith("not made: one\n")
     book(one="x = 1", minutes=60)
-    assert "in one piece" in fishlib("run", "--claims", "missing", "--budget", "10s").output
+    result = fishlib("run", "--claims", "missing", "--budget", "10s")
+    assert "in one piece" in result.output
+    assert result.exit_code == 1
     assert not book.folder.exists()
+
+
+def test_a_damaged_data_file_does_not_keep_the_runs_on_other_data_from_running(book, monkeypatch, tmp_path):
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "mnist.npz").write_text("no zip file")
+    monkeypatch.setenv("FISHLIB_DATA", str(tmp_path / "data"))
+    book(hurt="x = 1", whole="x = 2")
+    profile = chapters.CHAPTERS / "profiles" / "10_hurt.yml"
+    profile.write_text(profile.read_text(encoding="utf-8").replace("digits", "mnist"), encoding="utf-8")
+    result = fishlib("run", "--claims", "missing")
+    assert result.exit_code == 1
+    assert "hurt: " in result.output
+    assert "is damaged or not an npz file" in result.output
+    assert result.output.endswith("not made: hurt\n")
+    assert [folder.name for folder in book.folder.iterdir()] == ["11_whole"]
+    assert fishlib("claims").exit_code == 0
+
+
+def test_runs_that_the_budget_has_no_time_for_are_named_and_the_status_tells_of_them(book, monkeypatch):
+    book(one="x = 1", two="x = 2")
+    monkeypatch.setattr("fishlib.rerun.cli._seconds", lambda text: -1.0)
+    result = fishlib("run", "--claims", "missing", "--budget", "1s")
+    assert result.exit_code == 1
+    assert result.output.endswith("the budget is spent: start the same command again to go on\nnot made: two, one\n")
+
+
+def test_runs_for_claims_and_their_records_work_in_a_folder_of_any_name(book, monkeypatch, tmp_path):
+    monkeypatch.setattr(chapters, "BUILD", tmp_path / "mein Büchlein 書" / "_build")
+    monkeypatch.setattr(claims, "STORED", tmp_path / "gemerkt ä")
+    book(one="x = 1")
+    assert fishlib("run", "--claims", "missing").exit_code == 0
+    assert load(tmp_path / "gemerkt ä" / "10_one" / "one")["records"] == {"accuracy": pytest.approx(0.92)}
 
 
 def test_a_run_stopped_by_the_budget_goes_on_where_it_was(book, tmp_path):
     log, pid = tmp_path / "log", tmp_path / "pid"
     book(steps=STEPS.format(log=str(log), pid=str(pid)), minutes=60)
     first = fishlib("run", "--claims", "missing", "--budget", "6s")
-    assert first.exit_code == 0, first.output
+    assert first.exit_code == int("stored as" not in first.output), first.output
     assert not book.folder.exists() or "stored as" in first.output
     before = [json.loads(file.read_text())["seconds"] for file in (chapters.BUILD / "checkpoints").glob("*.json")]
     again = fishlib("run", "--claims", "missing")
@@ -132,7 +168,7 @@ def test_a_run_that_comes_to_no_checkpoint_within_the_budget_does_not_keep_the_o
     mark = tmp_path / "begun"
     book(good="x = 1", stuck=f"import time\nopen({str(mark)!r}, 'a').write('x ')\n# FISHLIB_CHECKPOINTS\ntime.sleep(600)")
     first = fishlib("run", "--claims", "stuck", "--budget", "3s")
-    assert first.exit_code == 0, first.output
+    assert first.exit_code == 1, first.output
     assert "stopped at the end of the budget" in first.output
     second = fishlib("run", "--claims", "missing", "--budget", "5s")
     assert re.search(r"stuck: it came to no checkpoint in \d+ s: give it at least twice as long", second.output)
