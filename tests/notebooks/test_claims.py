@@ -383,3 +383,16 @@ def test_the_scorecard_shows_the_results_that_stand_in_the_chapter_on_units():
     (row,) = [row for row in rows if re.match(rf"\s*units\s+{records['dataset']}\s+{records['network']}\b", row)]
     order = re.findall(r"[a-z] (\d+\.\d)\b", row)
     assert order == [f"{100 * value:.1f}" for value in values]
+
+
+def test_no_share_on_the_scorecard_is_above_a_hundred_per_cent():
+    """Records are put into words by their names, so that a count must not be taken for a fraction."""
+    score = nbformat.read(chapters.CHAPTERS / "09_scorecard.ipynb", 4)
+    (cell,) = [cell for cell in score.cells if cell.id == "measured-in-words"]
+    names = {"re": re}
+    exec(cell.source, names)
+    said = claims.table().measured.map(names["in_words"])
+    shares = [float(share) for words in said for share in re.findall(r"([\d.e+]+) %", words)]
+    assert len(shares) > 20
+    assert max(shares) <= 100
+    assert names["in_words"]('number (others_above, "maxout") -1.3') == "lead (at equal parameters, maxout) -1.3"
