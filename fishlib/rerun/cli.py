@@ -422,9 +422,7 @@ def render(executed: Path | None, out: Path | None) -> None:
     """Render the book from executed chapters; ends with the path of its first page."""
     from fishlib.rerun import render as rendering
 
-    if stale := _stale(executed or chapters.BUILD / "executed"):
-        raise click.ClickException(f"{', '.join(stale)} ran with another state of chapter, library, data or pins: "
-                                   f"run `fishlib run {' '.join(stale)}`")
+    _refuse_stale(executed or chapters.BUILD / "executed", "run `fishlib run {}`")
     try:
         site = rendering.render(executed, out)
     except rendering.RenderError as error:
@@ -438,6 +436,7 @@ def pdf(out: Path | None) -> None:
     """Print the rendered site to one PDF, by Chromium; ends with its path."""
     from fishlib.rerun import pdf as printing
 
+    _refuse_stale(chapters.BUILD / "executed", "run `fishlib run {}` and `fishlib render`")
     display = Display()
     try:
         file = printing.print_book(out=out, show=lambda page: display.status(f"printing {page}"))
@@ -445,6 +444,12 @@ def pdf(out: Path | None) -> None:
         raise click.ClickException(str(error)) from error
     display.status("")
     click.echo(file)
+
+
+def _refuse_stale(executed: Path, advice: str) -> None:
+    if stale := _stale(executed):
+        raise click.ClickException(f"{', '.join(stale)} ran with another state of chapter, library, data or pins: "
+                                   + advice.format(" ".join(stale)))
 
 
 def _stale(executed: Path) -> list[str]:

@@ -189,7 +189,7 @@ def test_the_plan_for_a_cluster_counts_right_and_its_file_is_valid(tmp_path):
 
     from fishlib.rerun import sweep
 
-    page = (chapters.ROOT / "chapters" / "howto_cluster.md").read_text()
+    page = (chapters.ROOT / "chapters" / "howto_cluster.md").read_text(encoding="utf-8")
     command = re.search(r"# 3\. all of it\n(.*?)\n\n", page, re.S)[1].replace("\\\n", " ")
     words = shlex.split(command)
     axes = sweep.grid(chapters.load(words[2]), [words[i + 1] for i, word in enumerate(words) if word == "-g"])

@@ -155,7 +155,7 @@ def test_a_run_stopped_by_the_budget_goes_on_where_it_was(book, tmp_path):
     first = fishlib("run", "--claims", "missing", "--budget", "6s")
     assert first.exit_code == int("stored as" not in first.output), first.output
     assert not book.folder.exists() or "stored as" in first.output
-    before = [json.loads(file.read_text())["seconds"] for file in (chapters.BUILD / "checkpoints").glob("*.json")]
+    before = [json.loads(file.read_bytes())["seconds"] for file in (chapters.BUILD / "checkpoints").glob("*.json")]
     again = fishlib("run", "--claims", "missing")
     assert again.exit_code == 0, again.output
     made = load(book.folder / "10_steps" / "steps")
@@ -182,7 +182,7 @@ def test_results_that_cannot_be_stored_leave_the_former_ones_and_are_stored_when
     book(one="x = 1")
     assert fishlib("run", "--claims", "missing").exit_code == 0
     (file,) = book.folder.rglob("results.json")
-    text = file.read_text()
+    text = file.read_text(encoding="utf-8")
     for before in (text.replace("records", "of old"), None):  # damaged, and so missing; and not there
         file.write_text(before) if before else file.unlink()
         with monkeypatch.context() as patch:
@@ -192,7 +192,7 @@ def test_results_that_cannot_be_stored_leave_the_former_ones_and_are_stored_when
         assert "nothing half-written" in result.output
         assert [one.read_text() for one in book.folder.rglob("*") if one.is_file()] == ([before] if before else [])
     assert fishlib("run", "--claims", "missing").exit_code == 0
-    assert file.read_text() == text
+    assert file.read_text(encoding="utf-8") == text
 
 
 def test_ctrl_c_ends_with_one_line_keeps_the_time_and_stores_nothing(book, monkeypatch):
@@ -203,7 +203,7 @@ def test_ctrl_c_ends_with_one_line_keeps_the_time_and_stores_nothing(book, monke
     assert result.output.endswith("interrupted: start the same command again, it goes on\n")
     assert not book.folder.exists()
     (slices,) = (chapters.BUILD / "checkpoints").glob("*")
-    assert json.loads(slices.read_text())["seconds"] > 0
+    assert json.loads(slices.read_text(encoding="utf-8"))["seconds"] > 0
 
 
 def test_a_kill_leaves_no_process_and_no_half_written_result(book, tmp_path, build):
@@ -222,7 +222,7 @@ def test_a_kill_leaves_no_process_and_no_half_written_result(book, tmp_path, bui
     finally:
         process.kill()
         process.wait()
-    eventually(lambda: not alive(int(pid.read_text())))
+    eventually(lambda: not alive(int(pid.read_text(encoding="utf-8"))))
     assert not book.folder.exists()
     assert not list(Path(build).rglob("results.json"))
     assert fishlib("run", "--claims", "missing").exit_code == 0
@@ -234,11 +234,11 @@ def test_a_finished_run_that_was_not_stored_any_more_is_stored_without_a_run(boo
     book(one="x = 1")
     assert fishlib("run", "--claims", "missing").exit_code == 0
     (file,) = book.folder.rglob("results.json")
-    text = file.read_text()
+    text = file.read_text(encoding="utf-8")
     file.unlink()
     monkeypatch.setattr("fishlib.rerun.run.perform", None)
     assert fishlib("run", "--claims", "missing").exit_code == 0
-    assert file.read_text() == text
+    assert file.read_text(encoding="utf-8") == text
 
 
 def test_a_newer_result_takes_the_place_of_the_older_one(book):
