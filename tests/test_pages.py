@@ -58,11 +58,25 @@ def test_commands_of_the_pages_exist_and_so_do_their_parameters(command):
         sweep.grid(chapter, context.params.get("words", ()))
 
 
+def test_a_launched_book_has_its_data_and_is_cited_where_it_lives():
+    """The chapters read data/ beside the library's source: an installation that copies the library away has none."""
+    url = yaml.safe_load((ROOT / "_config.yml").read_text(encoding="utf-8"))["repository"]["url"]
+    citation = yaml.safe_load((ROOT / "CITATION.cff").read_text(encoding="utf-8"))
+    assert (citation["url"], citation["repository-code"], citation["license"]) == (url, url, "MIT")
+    post_build = ROOT / "binder" / "postBuild"
+    assert post_build.stat().st_mode & 0o111
+    assert "--editable" in post_build.read_text(encoding="utf-8")
+    first = (ROOT / "chapters" / "index.md").read_text(encoding="utf-8")
+    assert "git clone" in first
+    assert "pip install -e" in first
+    assert "pip install git+" not in first
+
+
 def test_commands_are_found_in_the_pages():
     assert len(commands()) > 15
 
 
 def test_every_page_of_a_reader_is_in_the_contents():
-    toc = yaml.safe_load((ROOT / "_toc.yml").read_text())
+    toc = yaml.safe_load((ROOT / "_toc.yml").read_text(encoding="utf-8"))
     listed = {toc["root"], *(entry["file"] for part in toc["parts"] for entry in part["chapters"])}
     assert {f"chapters/{page.stem}" for page in (ROOT / "chapters").glob("*.md")} <= listed

@@ -7,7 +7,8 @@ decides a claim and at most points to a verdict. A run at the quick profile stan
 A stored run is **stale** when both have changed since it was made: the code that its chapter runs (its cells and the
 modules of fishlib that they import, directly or through one another), and the quick results that stand in the chapter by
 more than noise (see `change`). New code that leaves the quick results alone makes nothing stale; nor do quick results that
-another machine or one more record has changed. The quick results of then are those of a commit.
+another machine or one more record has changed. The quick results of then are those of a commit; where the commit is not
+there, as in a shallow clone or an unpacked archive, nothing is said of a record whose code differs: it is *unknown*.
 """
 
 from __future__ import annotations
@@ -41,9 +42,12 @@ TIMES = ("duration", "seconds", "cost_ratio")  # the names under which chapters 
 MOVED = 1 / 6  # the share of its numbers from which the quick results of a chapter have changed
 FAMILIES = ("resnet", "vgg", "densenet")  # networks that differ in their depth alone
 FEW = 3  # seeds from which a verdict is of high confidence
+PUBLISHED_AS = {"accuracy": "{:.2%}", "base_accuracy": "{:.2%} before", "file_compression": "{:g} times smaller",
+                "parameters_M": "{:g} M parameters", "mac_M": "{:g} M operations",
+                "parameters_removed_pct": "{:g} % of the parameters removed"}
 ALLOWED = (ast.Expression, ast.BoolOp, ast.And, ast.Or, ast.UnaryOp, ast.Not, ast.USub, ast.BinOp, ast.Add, ast.Sub, ast.Mult,
            ast.Div, ast.Compare, ast.Lt, ast.LtE, ast.Gt, ast.GtE, ast.Eq, ast.NotEq, ast.In, ast.NotIn, ast.Name, ast.Load,
-           ast.Constant, ast.Subscript, ast.Call)
+           ast.Constant, ast.Subscript, ast.Call, ast.List)
 
 
 def number(text: str, name: str) -> float:
@@ -58,10 +62,10 @@ def each(rows: Sequence[Mapping[str, Any]], text: str) -> list[Any]:
     return [value(text, row) for row in rows]
 
 
-def gains(rows: Sequence[Mapping[str, Any]], one: str, other: str) -> list[float]:
-    """Mean accuracy of one score above that of another after fine-tuning, at each share removed (chapter 3's `scores`)."""
+def gains(rows: Sequence[Mapping[str, Any]], one: str, *others: str) -> list[float]:
+    """Mean accuracy of a score above the best of others after fine-tuning, at each share removed (chapter 3's `scores`)."""
     means = {(row["score"], row["removed"]): row["mean"] for row in rows if row["stage"] == "fine-tuned"}
-    return [mean - means[other, share] for (name, share), mean in means.items() if name == one]
+    return [mean - max(means[other, share] for other in others) for (name, share), mean in means.items() if name == one]
 
 
 def above(numbers: Sequence[float], bound: float) -> int:
@@ -69,12 +73,72 @@ def above(numbers: Sequence[float], bound: float) -> int:
     return sum(number > bound for number in numbers)
 
 
-FUNCTIONS = {"abs": abs, "len": len, "max": max, "min": min, "number": number, "each": each, "gains": gains, "above": above}
+def uncapped(count: float, cap: float) -> float:
+    """A count from a search that ended below its cap; LookupError at the cap, where it only says "at least"."""
+    if count < cap:
+        return count
+    raise LookupError(f"the search ended at {cap:g}, so that a count of {count:g} only says at least")
+
+
+def order(one: str, other: str, errors: float = 0) -> float:
+    """Rank correlation of two texts such as "0.007 (2), 0.008 (3)" over the n layers, in brackets, that both have; less so
+    many standard errors, 1 / sqrt(n - 1) where the two have nothing to do with each other."""
+    from scipy.stats import spearmanr
+
+    values, others = ({layer: float(value) for value, layer in re.findall(r"([\d.]+) \((\d+)\)", text)}
+                      for text in (one, other))
+    both = sorted(values.keys() & others.keys())
+    if len(both) < 3:
+        raise LookupError(f"too few layers in {one!r} and {other!r}")
+    found = spearmanr([values[layer] for layer in both], [others[layer] for layer in both]).statistic
+    return float(found) - errors / (len(both) - 1) ** 0.5
+
+
+def judged(files: Sequence[Mapping[str, Any]], chosen: float, fewer: float, error: float) -> dict[str, Any]:
+    """The stored file (chapter 3) that is held against a published error: the one that *validation* chooses for it.
+
+    To choose by the test images would be to tune on them. Of the shares of weights kept, each a mean over seeds, the one of
+    largest ratio is taken whose validation error is at most the published error; if there is none, the one that the chapter
+    chose, which it did by validation too.
+
+    Parameters
+    ----------
+    files : rows with `kept`, `ratio`, `weights`, `error` (validation) and `test_accuracy`
+    chosen, fewer : share that the chapter chose, and how many times fewer weights its file has
+    error : the published error, a fraction
+
+    Returns
+    -------
+    dict
+        `judged_ratio`, `judged_fewer`, `judged_error` (test), and in words `judged_note`, with the files that are better on
+        the test images and that validation would not have chosen
+    """
+    import pandas as pd
+
+    table = pd.DataFrame(files).groupby("kept")[["ratio", "weights", "error", "test_accuracy"]].mean()
+    table["fewer"], table["test"] = fewer * table.weights[chosen] / table.weights, 1 - table.test_accuracy
+    table, error = table.round(9), round(error, 9)  # 1 - 0.98 is not 0.02
+    within = table[table.error <= error]
+    kept = within.ratio.idxmax() if len(within) else chosen
+    one = table.loc[kept]
+    better = table[(table.test <= error) & ((table.ratio > one.ratio) | (one.test > error))]
+    note = (f"the file with {100 * kept:.3g} % of the weights, "
+            + ("the smallest whose validation error is within the published error" if len(within) else
+               "which the chapter chose, for no file's validation error is within the published error"))
+    if len(better):
+        note += ("; on the test images others are within it, which validation would not have chosen: "
+                 + ", ".join(f"{row.ratio:.0f} times at {row.test:.2%}" for row in better.itertuples()))
+    return {"judged_ratio": float(one.ratio), "judged_fewer": float(one.fewer), "judged_error": float(one.test),
+            "judged_note": note}
+
+
+FUNCTIONS = {"abs": abs, "len": len, "max": max, "min": min, "number": number, "each": each, "gains": gains, "above": above,
+             "uncapped": uncapped, "order": order}
 
 
 @dataclass(frozen=True)
 class Experiment:
-    """A run that decides claims: its chapter, profile and parameters, and minutes expected on a GPU and two CPU cores."""
+    """A run that decides claims: its chapter, profile and parameters, and minutes expected on a GPU and on one CPU thread."""
 
     id: str
     chapter: str
@@ -91,7 +155,10 @@ class Experiment:
 
 @dataclass(frozen=True)
 class Claim:
-    """A claim in the book's words, and the bar that decides it; see `data/claims.yml` for the fields."""
+    """A claim in the book's words, and the bar that decides it; see `data/claims.yml` for the fields.
+
+    `confidence` is the most that its bar allows: medium where it compares means of which no spread is recorded.
+    """
 
     id: str
     proposal: str
@@ -104,6 +171,7 @@ class Claim:
     holds: str = ""
     in_part: str = ""
     why: str = ""
+    confidence: str = "high"
 
 
 @dataclass(frozen=True)
@@ -132,18 +200,17 @@ def load(file: Path = FILE, published: Path = PUBLISHED) -> Book:
     Raises
     ------
     ValueError
-        a field that is unknown or missing, an id given twice, a run or a published row that does not exist, a condition
-        that cannot be read; the message names the entry
+        a file that is not YAML or has not both parts, a field that is unknown or missing, an id given twice, a run or a
+        published row that does not exist, a condition that cannot be read; the message names the entry
     """
     import pandas as pd
-    import yaml
 
-    content = yaml.safe_load(file.read_text(encoding="utf-8"))
+    content = _content(file)
     rows = {row["id"]: row for row in pd.read_csv(published).to_dict("records")}
-    experiments = {name: _entry(Experiment, name, {"id": name} | values) for name, values in content["runs"].items()}
+    experiments = {name: _entry(Experiment, name, values, id=name) for name, values in content["runs"].items()}
     claims = {}
-    for values in content["claims"]:
-        claim = _entry(Claim, values.get("id"), values)
+    for number, values in enumerate(content["claims"], 1):
+        claim = _entry(Claim, f"claim {number}", values)
         if claim.id in claims:
             raise ValueError(f"claims.yml: the id {claim.id} is given twice")
         _check(claim, experiments, rows)
@@ -151,11 +218,26 @@ def load(file: Path = FILE, published: Path = PUBLISHED) -> Book:
     return Book(claims, experiments, rows)
 
 
-def _entry(kind: type, name: Any, values: Mapping[str, Any]) -> Any:
+def _content(file: Path) -> dict[str, Any]:
+    import yaml
+
     try:
-        return kind(**values)
+        content = yaml.safe_load(file.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ValueError(f"{file} is not YAML: {' '.join(str(error).split())}") from error
+    parts = content if isinstance(content, dict) else {}
+    if not isinstance(parts.get("runs"), dict) or not isinstance(parts.get("claims"), list):
+        raise ValueError(f"{file} has to hold `runs`, a mapping, and `claims`, a list")
+    return parts
+
+
+def _entry(kind: type, name: str, values: Any, **more: Any) -> Any:
+    if not isinstance(values, dict):
+        raise ValueError(f"claims.yml, {name}: it has to map fields to values, not to be {values!r}")
+    try:
+        return kind(**more, **values)
     except TypeError as error:
-        raise ValueError(f"claims.yml, {name}: {error}") from error
+        raise ValueError(f"claims.yml, {values.get('id', name)}: {error}") from error
 
 
 def _check(claim: Claim, experiments: Mapping[str, Experiment], rows: Mapping[str, Any]) -> None:
@@ -165,7 +247,11 @@ def _check(claim: Claim, experiments: Mapping[str, Experiment], rows: Mapping[st
         raise ValueError(f"claims.yml, {claim.id}: published.csv has no row {claim.published!r}")
     if not (claim.run and claim.holds) and not claim.why:
         raise ValueError(f"claims.yml, {claim.id}: name a run and a condition `holds`, or say `why` there is none")
-    for text in (claim.holds, claim.in_part, *_decides(claim)):
+    if claim.confidence not in ("high", "medium"):
+        raise ValueError(f"claims.yml, {claim.id}: confidence is high or medium, not {claim.confidence!r}")
+    if not all(isinstance(text, str) for text in (claim.holds, claim.in_part, claim.decides)):
+        raise ValueError(f"claims.yml, {claim.id}: holds, in_part and decides are texts: put them into quotes")
+    for text in (claim.holds, claim.in_part, f"[{claim.decides}]"):
         try:
             _parse(text or "True")
         except (SyntaxError, ValueError) as error:
@@ -173,7 +259,9 @@ def _check(claim: Claim, experiments: Mapping[str, Experiment], rows: Mapping[st
 
 
 def _decides(claim: Claim) -> list[str]:
-    return [part.strip() for part in claim.decides.split(",") if part.strip()]
+    """The expressions in `decides`, as they are written."""
+    source = f"[{claim.decides}]"
+    return [ast.get_source_segment(source, node) for node in ast.parse(source, mode="eval").body.elts]
 
 
 def _parse(text: str) -> ast.Expression:
@@ -225,11 +313,22 @@ def planned(experiment: Experiment) -> runs.Run | None:
     Raises
     ------
     ValueError
-        a profile or parameters that the chapter does not have
+        a profile or parameters that the chapter does not have; a data file that is damaged
     """
-    if not (chapters.CHAPTERS / f"{experiment.chapter}.ipynb").is_file():
+    if (chapter := _chapter(experiment)) is None:
         return None
-    return runs.plan(chapters.load(experiment.chapter), experiment.profile, experiment.parameters)
+    return runs.plan(chapter, experiment.profile, experiment.parameters)
+
+
+def settled(experiment: Experiment) -> dict[str, Any] | None:
+    """All parameters of an experiment, as `planned`, which no data file is read for."""
+    chapter = _chapter(experiment)
+    return chapter and chapter.settle(experiment.profile, experiment.parameters)
+
+
+def _chapter(experiment: Experiment) -> chapters.Chapter | None:
+    there = (chapters.CHAPTERS / f"{experiment.chapter}.ipynb").is_file()
+    return chapters.load(experiment.chapter) if there else None
 
 
 def results(experiment: Experiment, found: Sequence[dict[str, Any]]) -> tuple[dict[str, Any] | None, bool]:
@@ -241,13 +340,13 @@ def results(experiment: Experiment, found: Sequence[dict[str, Any]]) -> tuple[di
     if experiment.profile == "quick":
         content = in_chapter(experiment.chapter)
         return content, content is not None
-    plan = planned(experiment)
-    if plan is None:
+    wanted = settled(experiment)
+    if wanted is None:
         return None, False
     alike = [content for content in found if content["chapter"] == experiment.chapter
-             and _subject(content["parameters"]) == _subject(plan.parameters)]
-    best = min(alike, key=lambda content: len(differences(content, plan.parameters)), default=None)
-    return best, best is not None and not differences(best, plan.parameters)
+             and _subject(content["parameters"]) == _subject(wanted)]
+    best = min(alike, key=lambda content: len(differences(content, wanted)), default=None)
+    return best, best is not None and not differences(best, wanted)
 
 
 def _subject(parameters: Mapping[str, Any]) -> tuple[Any, str]:
@@ -315,9 +414,9 @@ def _without_times(item: Any) -> Any:
 def verdict(claim: Claim, book: Book, found: Sequence[dict[str, Any]]) -> Verdict:
     """What the results at hand say of a claim.
 
-    Of high confidence is a run of full size with three seeds or more, or exact arithmetic; of medium confidence a run of
-    full size with fewer seeds. A smaller run gives a provisional word, of low confidence, unless the bar is a published
-    number, which is one of full size.
+    Of high confidence is a run of full size with three seeds or more, or exact arithmetic, unless the claim's own field
+    `confidence` says medium; of medium confidence a run of full size with fewer seeds. A smaller run gives a provisional
+    word, of low confidence, unless the bar is a published number, which is one of full size.
     """
     if not claim.run or not claim.holds:
         return Verdict(VERDICTS[3], "none", conditions=claim.why)
@@ -327,7 +426,9 @@ def verdict(claim: Claim, book: Book, found: Sequence[dict[str, Any]]) -> Verdic
         return Verdict(VERDICTS[3], "none")
     if not full and "published" in claim.holds:
         return Verdict(VERDICTS[3], "none", conditions="the bar is one of full size, and only a smaller run is stored")
-    names = content["records"] | {"published": book.published.get(claim.published, {})}
+    row = book.published.get(claim.published, {})
+    file = _judged(content["records"], row) if "judged_" in claim.holds else {}
+    names = content["parameters"] | content["records"] | file | {"published": row}
     try:
         word = next((word for word, text in ((VERDICTS[0], claim.holds), (VERDICTS[1], claim.in_part))
                      if text and value(text, names)), VERDICTS[2])
@@ -337,13 +438,22 @@ def verdict(claim: Claim, book: Book, found: Sequence[dict[str, Any]]) -> Verdic
     if full:
         exact = experiment.profile == "quick" or content["parameters"].get("seeds", 1) >= FEW
         caveat = f"; {content['provenance']['caveat']}" if content["provenance"].get("stale") else ""
-        return Verdict(word, "low" if caveat else "high" if exact else "medium", measured,
-                       conditions=f"profile {experiment.profile}{caveat}")
-    return Verdict(VERDICTS[3], "low", measured, word, _conditions(content, planned(experiment).parameters))
+        note = f"; {file['judged_note']}" if file else ""
+        return Verdict(word, "low" if caveat else claim.confidence if exact else "medium", measured,
+                       conditions=f"profile {experiment.profile}{note}{caveat}")
+    return Verdict(VERDICTS[3], "low", measured, word, _conditions(content, settled(experiment)))
+
+
+def _judged(records: Mapping[str, Any], row: Mapping[str, Any]) -> dict[str, Any]:
+    """The judged file where the records and the published row tell it."""
+    try:
+        return judged(records["files"], records["chosen"], records["file_fewer"], 1 - row["accuracy"])
+    except KeyError:
+        return {}
 
 
 def _label(text: str) -> str:
-    return text.replace('"]["', ", ").replace('["', " (").replace('"]', ")")
+    return re.sub(r"(\w)\(", r"\1 (", text.replace('"]["', ", ").replace('["', " (").replace('"]', ")"))
 
 
 def _shown(number: Any) -> str:
@@ -358,8 +468,8 @@ def _conditions(content: Mapping[str, Any], parameters: Mapping[str, Any]) -> st
 def table(book: Book | None = None, found: Sequence[dict[str, Any]] | None = None) -> pd.DataFrame:
     """All claims with their verdicts, a row each.
 
-    `published` says accuracy and conditions, where a number is published; `record` is the `state` of the run that decides,
-    and empty for a claim without one.
+    `published` says what the bar reads of the published row, its accuracy and its conditions, or else its note; `record` is
+    the `state` of the run that decides, and empty for a claim without one.
     """
     import pandas as pd
 
@@ -367,30 +477,38 @@ def table(book: Book | None = None, found: Sequence[dict[str, Any]] | None = Non
     states, rows = {name: state(one, found) for name, one in book.experiments.items()}, []
     for claim in book.claims.values():
         said = verdict(claim, book, found)
-        row = book.published.get(claim.published)
-        beside = "{accuracy:.2%} ({network}, {dataset}: {method})".format(**row) if row and row["accuracy"] > 0 else ""
         rows.append({"claim": claim.id, "proposal": claim.proposal, "item": claim.item, "words": claim.claim,
-                     "published": beside, "verdict": said.word, "confidence": said.confidence,
+                     "published": _beside(claim, book), "verdict": said.word, "confidence": said.confidence,
                      "provisional": said.provisional, "measured": said.measured, "conditions": said.conditions,
                      "record": states.get(claim.run, ""), "bar": claim.bar, "run": claim.run or "",
                      "chapter": book.experiments[claim.run].chapter if claim.run else ""})
     return pd.DataFrame(rows)
 
 
+def _beside(claim: Claim, book: Book) -> str:
+    """What is published: the columns that the bar reads, and the accuracy; the note where it has neither."""
+    if claim.published is None:
+        return ""
+    row = book.published[claim.published]
+    read = re.findall(r"published\[['\"](\w+)['\"]\]", claim.holds + claim.in_part)
+    said = [PUBLISHED_AS[name].format(row[name]) for name in dict.fromkeys([*read, "accuracy"]) if row[name] == row[name]]
+    return f"{', '.join(said) or row['note']} ({row['network']}, {row['dataset']}: {row['method']})"
+
+
 def state(experiment: Experiment, found: Sequence[dict[str, Any]]) -> str:
-    """Of the record of an experiment: "current", "stale", "missing", or "no chapter".
+    """Of the record of an experiment: "current", "stale", "unknown", "missing", or "no chapter".
 
     A quick run stands in its chapter. It is stale where the book's own run of the chapter, made with the present code, gave
     other results; as long as there is no such run, nothing can be said against it.
     """
-    plan = planned(experiment)
-    if plan is None:
+    if settled(experiment) is None:
         return "no chapter"
     content, full = results(experiment, found)
     if content is None or not full:
         return "missing"
-    current = _shows(plan, content["records"]) if experiment.profile == "quick" else _is_current(content)
-    return "current" if current else "stale"
+    if experiment.profile == "quick":
+        return "current" if _shows(planned(experiment), content["records"]) else "stale"
+    return _state_of(content)
 
 
 def _shows(plan: runs.Run, records: Mapping[str, Any]) -> bool:
@@ -398,16 +516,18 @@ def _shows(plan: runs.Run, records: Mapping[str, Any]) -> bool:
     return not again or change(records, again) <= MOVED
 
 
-def _is_current(content: Mapping[str, Any]) -> bool:
+def _state_of(content: Mapping[str, Any]) -> str:
     stem, provenance = content["chapter"], content["provenance"]
     if provenance.get("stale"):  # said by hand, with a caveat: the run itself was at fault, so no comparison can tell
-        return False
+        return "stale"
     commit = provenance.get("commit") or ""
     code = provenance.get("code") or _code_at(commit, stem, provenance.get("library"))
     if code == mark(chapters.CHAPTERS / f"{stem}.ipynb").code:
-        return True
+        return "current"
     then = _quick_then(stem, commit, provenance.get("quick"))
-    return bool(then) and change(then, _own_records(stem)) <= MOVED
+    if not then and _git("cat-file", "-e", f"{commit}^{{commit}}") is None:
+        return "unknown"
+    return "current" if then and change(then, _own_records(stem)) <= MOVED else "stale"
 
 
 def mark(chapter: Path, package: Path = chapters.PACKAGE) -> SimpleNamespace:
@@ -519,8 +639,8 @@ def chosen(which: str, book: Book, found: Sequence[dict[str, Any]], gpu: bool) -
 
     Parameters
     ----------
-    which : "missing", "stale" (both without the quick runs, which chapters hold), or names of runs or claims, separated by
-        commas
+    which : "missing", "stale" (both without the quick runs, which chapters hold, and without records of which the state is
+        unknown), or names of runs or claims, separated by commas
     gpu : whether the expected time is that on a GPU
 
     Raises

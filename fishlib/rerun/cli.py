@@ -1,7 +1,7 @@
 """The command `fishlib`: run, sweep and collect chapters, render the book.
 
-Exit status: 0 when all is done; 1 when a run or the rendering failed; 2 when the command itself cannot be followed
-(nothing was run then); 130 when it was interrupted.
+Exit status: 0 when all is done; 1 when a run or the rendering failed, or a run that claims need is still not made; 2 when
+the command itself cannot be followed (nothing was run then); 130 when it was interrupted.
 """
 
 from __future__ import annotations
@@ -120,12 +120,12 @@ def run(names: Sequence[str], profile: str, given: Sequence[tuple[str, str]], wh
 
     With --claims, the runs that decide the proposals' claims are made one after the other, the shortest first, and their
     results stored in data/runs. It can be killed at any moment: start it again, and what was trained is not trained again
-    where the chapter keeps checkpoints.
+    where the chapter keeps checkpoints. The exit status is 0 when all of them are made, so that a shell can repeat it.
     """
     with checking():
         _check_claims(which, names, budget, profile != "quick" or given or out or jobs or timeout or force)
         seconds = None if budget is None else _seconds(budget)
-    if which:
+    if which is not None:
         sys.exit(_work(which, seconds))
     with checking():
         loaded = list({chapter.path: chapter for chapter in map(chapters.load, names)}.values())
@@ -164,24 +164,30 @@ def _work(which: str, budget: float | None) -> int:
     from fishlib.rerun import claims as judging
     from fishlib.rerun import devices
 
-    ends, gpu, failed = None if budget is None else time.monotonic() + budget, bool(devices.available()), False
+    ends, gpu, left_over = None if budget is None else time.monotonic() + budget, bool(devices.available()), []
     with checking():
         wanted = judging.chosen(which, judging.load(), judging.stored(), gpu)
     display = Display()
     display.line(f"{_runs(len(wanted))} to make, on {'a GPU' if gpu else 'the CPU'}")
-    for one in wanted:
+    for number, one in enumerate(wanted):
         left = None if ends is None else ends - time.monotonic()
         if left is not None and left <= 0:
             display.line("the budget is spent: start the same command again to go on")
+            left_over += wanted[number:]
             break
         expected = 60 * (one.gpu if gpu else one.cpu)
-        with checking():
+        try:
             plan = judging.planned(one)
-        if reason := _cannot_start(plan, expected, left):
+            reason = _cannot_start(plan, expected, left)
+        except ValueError as error:  # a damaged data file concerns the runs on it alone
+            reason = str(error)
+        if reason:
             display.line(f"{one.id}: {reason}")
-        else:
-            failed = _make(one, plan, expected, left, display) or failed
-    return int(failed)
+        if reason or not _make(one, plan, expected, left, display):
+            left_over.append(one)
+    if left_over:
+        display.line(f"not made: {', '.join(one.id for one in left_over)}")
+    return int(bool(left_over))
 
 
 def _cannot_start(plan: runs.Run | None, expected: float, left: float | None) -> str:
@@ -221,7 +227,7 @@ def _kept(folder: Path) -> dict[Path, tuple[int, int]]:
 
 
 def _make(one: Any, plan: runs.Run, expected: float, left: float | None, display: Display) -> bool:
-    """Run an experiment, or go on with it, and store its results; whether it failed."""
+    """Run an experiment, or go on with it, and store its results; whether they are stored."""
     from fishlib.rerun import claims as judging
 
     folder, parts = chapters.BUILD / "checkpoints" / plan.identity, _slices_file(plan).is_file()
@@ -248,7 +254,7 @@ def _make(one: Any, plan: runs.Run, expected: float, left: float | None, display
             return False
         if outcome.status != "finished":
             display.line(outcome.message, fg="red")
-            return True
+            return False
     file = judging.store(plan, one)
     shutil.rmtree(folder, ignore_errors=True)
     _slices_file(plan).unlink(missing_ok=True)
@@ -257,7 +263,7 @@ def _make(one: Any, plan: runs.Run, expected: float, left: float | None, display
     display.line(f"{one.id}: {_duration(made['seconds'])} on {made['device'] or 'an unknown device'}"
                  + (f", at most {memory / 1e9:.1f} GB{' in its last part' if parts else ''}" if memory else "")
                  + f"; stored as {_short(file)}")
-    return False
+    return True
 
 
 def _pairs(given: Sequence[tuple[str, str]]) -> dict[str, str]:
@@ -359,7 +365,8 @@ def claims() -> None:
     """List the claims of the proposals with their verdicts, and the runs that decide them.
 
     A record is current, stale (the code that the chapter runs has changed since it was made, and the quick results in the
-    chapter by more than noise) or missing; each run is shown with its expected time and the command that makes and stores it.
+    chapter by more than noise), unknown (the code has changed, and the commit that made the record cannot be read here) or
+    missing; each run is shown with its expected time and the command that makes and stores it.
     """
     from fishlib.rerun import claims as judging
 
@@ -372,7 +379,7 @@ def claims() -> None:
              for row in table.itertuples()]
     _columns(rows)
     click.echo()
-    _columns([["run", "record", "one GPU", "two cores", "command"], *(
+    _columns([["run", "record", "one GPU", "one CPU thread", "command"], *(
         [one.id, states[one.id], _duration(60 * one.gpu), _duration(60 * one.cpu), one.command]
         for one in book.experiments.values())])
     counts = table.verdict.value_counts()
@@ -415,9 +422,7 @@ def render(executed: Path | None, out: Path | None) -> None:
     """Render the book from executed chapters; ends with the path of its first page."""
     from fishlib.rerun import render as rendering
 
-    if stale := _stale(executed or chapters.BUILD / "executed"):
-        raise click.ClickException(f"{', '.join(stale)} ran with another state of chapter, library, data or pins: "
-                                   f"run `fishlib run {' '.join(stale)}`")
+    _refuse_stale(executed or chapters.BUILD / "executed", "run `fishlib run {}`")
     try:
         site = rendering.render(executed, out)
     except rendering.RenderError as error:
@@ -431,6 +436,7 @@ def pdf(out: Path | None) -> None:
     """Print the rendered site to one PDF, by Chromium; ends with its path."""
     from fishlib.rerun import pdf as printing
 
+    _refuse_stale(chapters.BUILD / "executed", "run `fishlib run {}` and `fishlib render`")
     display = Display()
     try:
         file = printing.print_book(out=out, show=lambda page: display.status(f"printing {page}"))
@@ -438,6 +444,12 @@ def pdf(out: Path | None) -> None:
         raise click.ClickException(str(error)) from error
     display.status("")
     click.echo(file)
+
+
+def _refuse_stale(executed: Path, advice: str) -> None:
+    if stale := _stale(executed):
+        raise click.ClickException(f"{', '.join(stale)} ran with another state of chapter, library, data or pins: "
+                                   + advice.format(" ".join(stale)))
 
 
 def _stale(executed: Path) -> list[str]:
@@ -691,7 +703,7 @@ def grade(submissions: Sequence[Path], autograder: Path | None, seed: int | None
               help="Draw Y over X, a line for each HUE (- for one line), to <out>.png.")
 def results(pattern: str, folders: Sequence[Path], out: Path | None, summarise: bool,
             plot: tuple[str, str, str] | None) -> None:
-    """Collect the results of all runs into one tidy table, as parquet and CSV.
+    """Collect the results of all runs into one tidy table, as parquet and CSV; print what of it fits a terminal.
 
     PATTERN chooses chapters ('01*') or runs ('01*/3fa9*'). Two runs with the same chapter and parameters, and records
     that are not finite, are refused by name.
@@ -705,8 +717,12 @@ def results(pattern: str, folders: Sequence[Path], out: Path | None, summarise: 
             raise ValueError(f"no finished run matches {pattern!r}: `fishlib sweep` makes some, --in names folders")
         for chapter, states in collect.mixed(table).items():
             click.secho(f"note: the runs of {chapter} come from {states} states of the library", fg="yellow", err=True)
-        shown = collect.summary(table) if summarise else table[[c for c in table if not c.startswith("provenance.")]]
-        click.echo(shown.to_string(index=False, max_rows=60))
+        shown = collect.summary(table) if summarise else table
+        for chapter, part in collect.readable(shown, table.attrs["parameters"]):
+            click.secho(f"\n{chapter}, {_runs(int((table['chapter'] == chapter).sum()))}", bold=True)
+            click.echo(part.to_string(index=False, max_rows=60, float_format="{:.4g}".format,
+                                      line_width=shutil.get_terminal_size().columns))
+        click.echo()
         files = [*collect.save(table, out)]
         if summarise:
             files += collect.save(shown, out.with_name(f"{out.name}_summary"))

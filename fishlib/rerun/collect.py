@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from fnmatch import fnmatch
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 
 STORED = chapters.ROOT / "data" / "runs"
 FEW = 5  # names in one message
+WIDE = 24  # letters of a text that still fits a table in a terminal
 
 
 def results(pattern: str = "*", folders: Sequence[Path] | None = None) -> pd.DataFrame:
@@ -155,6 +156,24 @@ def summary(table: pd.DataFrame) -> pd.DataFrame:
                 rows.append(dict(group[keys].iloc[0]) | {"record": record, "mean": mean, "std": std,
                                                          "low": mean - half, "high": mean + half, "n": n})
     return pd.DataFrame(rows)
+
+
+def readable(table: pd.DataFrame, parameters: Sequence[str]) -> Iterator[tuple[str, pd.DataFrame]]:
+    """What fits a terminal of a table of runs or of its summary: chapter by chapter, the columns that all rows have.
+
+    Parameters that are the same in all rows of a chapter are left out, and so are lists, dictionaries, texts of more than
+    `WIDE` letters, provenance, and records inside records; the files that `save` writes have everything.
+    """
+    for chapter, rows in table.groupby("chapter", sort=False):
+        whole = rows.dropna(axis="columns", how="all" if "record" in rows else "any")  # a single seed has no deviation
+        shown = whole.drop(columns=["chapter", "file"], errors="ignore")
+        same = [name for name in parameters if name in shown and shown[name].map(str).nunique() == 1]
+        long = [name for name in shown.columns.difference(same) if "." in name or not shown[name].map(_short).all()]
+        yield chapter, shown.drop(columns=[*same, *long])
+
+
+def _short(value: Any) -> bool:
+    return not isinstance(value, list | dict) and (not isinstance(value, str) or len(value) <= WIDE)
 
 
 def mixed(table: pd.DataFrame) -> dict[str, int]:

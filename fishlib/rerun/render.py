@@ -87,8 +87,8 @@ def stage(executed: Path, source: Path, root: Path = ROOT) -> Path:
         nbformat.write(presentable(notebook), source / page)
     findings.write(executed, source / "chapters", root / "data" / "runs")
     shutil.copy(root / "_toc.yml", source)
-    config = configure(yaml.safe_load((root / "_config.yml").read_text()), assets.fetch(root), source)
-    (source / "_config.yml").write_text(yaml.safe_dump(config, sort_keys=False))
+    config = configure(yaml.safe_load((root / "_config.yml").read_text(encoding="utf-8")), assets.fetch(root), source)
+    (source / "_config.yml").write_text(yaml.safe_dump(config, sort_keys=False), encoding="utf-8")
     return source
 
 

@@ -54,7 +54,7 @@ def raising(trouble: BaseException) -> Callable[..., Any]:
 
 
 def lines(file: Path) -> list[str]:
-    return file.read_text().split() if file.is_file() else []
+    return file.read_text(encoding="utf-8").split() if file.is_file() else []
 
 
 def alive(pid: int) -> bool:
@@ -67,4 +67,4 @@ def alive(pid: int) -> bool:
 
 
 def load(folder: Path) -> dict[str, Any]:
-    return json.loads((folder / "results.json").read_text())
+    return json.loads((folder / "results.json").read_text(encoding="utf-8"))

@@ -52,6 +52,6 @@ def test_clean_notebooks_pass_in_silence(chapter, capsys):
 
 
 def test_hooks_need_no_network():
-    hooks = yaml.safe_load((chapters.ROOT / ".pre-commit-config.yaml").read_text())
+    hooks = yaml.safe_load((chapters.ROOT / ".pre-commit-config.yaml").read_text(encoding="utf-8"))
     assert {repo["repo"] for repo in hooks["repos"]} == {"local"}
     assert {hook["language"] for repo in hooks["repos"] for hook in repo["hooks"]} == {"system"}

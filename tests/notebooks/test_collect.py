@@ -65,6 +65,28 @@ def test_every_run_is_a_row_with_parameters_records_and_provenance(folders, tmp_
         "table.csv", "table.parquet", "table_summary.csv", "table_summary.parquet"]
 
 
+def test_printed_tables_are_one_a_chapter_with_what_all_its_rows_have_and_fit_a_terminal(folders, tmp_path):
+    for seed in (0, 1):
+        leave(folders[0], {"accuracy": 0.9 + seed / 100, "curve": [1.0, 2.0], "cost": {"bytes": 7}, "said": "w" * 90}
+              | ({"once": 5} if seed else {}), seed=seed, strength=0.5)
+    leave(folders[0], {"loss": 0.25}, chapter="11_other", seed=0)
+    result = fishlib_results(tmp_path)
+    small, other = result.output.split("11_other, 1 run")
+    assert small.splitlines()[1] == "10_small, 2 runs"
+    assert small.splitlines()[2].split() == ["identity", "seed", "accuracy"]
+    assert other.splitlines()[1].split() == ["identity", "loss"]
+    assert max(map(len, result.output.splitlines()[:-2])) <= 80
+    assert {"curve", "cost.bytes", "said", "once"} <= set(pd.read_csv(tmp_path / "table.csv").columns)
+
+
+def test_printed_summaries_have_deviations_where_some_settings_have_several_seeds(folders, tmp_path):
+    for seed, strength in ((0, 0.5), (1, 0.5), (0, 1.0)):
+        leave(folders[0], {"accuracy": 0.9 + seed / 100}, seed=seed, strength=strength)
+    lines = fishlib_results(tmp_path, "--summary").output.splitlines()
+    assert lines[1] == "10_small, 3 runs"
+    assert lines[2].split() == ["strength", "record", "mean", "std", "low", "high", "n"]
+
+
 @pytest.mark.parametrize("value", [math.nan, math.inf, [1.0, -math.inf], {"inner": math.nan}])
 def test_records_that_are_not_finite_are_refused_by_name(folders, tmp_path, value):
     leave(folders[0], {"accuracy": 0.9}, seed=0)
@@ -167,7 +189,7 @@ def test_the_plan_for_a_cluster_counts_right_and_its_file_is_valid(tmp_path):
 
     from fishlib.rerun import sweep
 
-    page = (chapters.ROOT / "chapters" / "howto_cluster.md").read_text()
+    page = (chapters.ROOT / "chapters" / "howto_cluster.md").read_text(encoding="utf-8")
     command = re.search(r"# 3\. all of it\n(.*?)\n\n", page, re.S)[1].replace("\\\n", " ")
     words = shlex.split(command)
     axes = sweep.grid(chapters.load(words[2]), [words[i + 1] for i, word in enumerate(words) if word == "-g"])

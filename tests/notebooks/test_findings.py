@@ -134,12 +134,21 @@ def test_picture_is_opaque_and_described_and_each_finding_has_its_line(tmp_path)
     findings.write(tmp_path / "executed", tmp_path, tmp_path / "none")
     pixels = np.asarray(Image.open(tmp_path / "findings.png").convert("RGBA"))
     assert (pixels[..., 3] == 255).all()
-    page = (tmp_path / "findings.md").read_text()
+    page = (tmp_path / "findings.md").read_text(encoding="utf-8")
     assert len(re.findall(r"^- ", page, re.MULTILINE)) == 2
     assert "accuracy lost with one unit" in re.search(r":alt: (.*)", page)[1]
+
+
+def test_run_that_is_said_to_be_at_fault_is_left_out(tmp_path):
+    keep(tmp_path / "one", "07_skip_units", committed("07_skip_units"))
+    file = tmp_path / "one" / "results.json"
+    content = json.loads(file.read_text(encoding="utf-8"))
+    assert findings.findings(tmp_path / "none", tmp_path)
+    file.write_text(json.dumps(content | {"provenance": {"stale": True, "caveat": "images of one class"}}))
+    assert not findings.findings(tmp_path / "none", tmp_path)
 
 
 def test_without_any_run_the_page_says_so(tmp_path):
     findings.write(tmp_path / "executed", tmp_path, tmp_path / "none")
     assert not (tmp_path / "findings.png").exists()
-    assert "once the chapters have run" in (tmp_path / "findings.md").read_text()
+    assert "once the chapters have run" in (tmp_path / "findings.md").read_text(encoding="utf-8")

@@ -14,7 +14,7 @@ def test_a_refreshed_chapter_has_new_outputs_and_nothing_that_changes_from_run_t
                      "_publish({'text/plain': 'now'}, {'fishlib': {'provenance': {'seed': 1}}})", "print('x' * 300_000)")
     first = CliRunner().invoke(main, ["refresh", str(source)])
     assert first.exit_code == 0, first.output
-    text = source.read_text()
+    text = source.read_text(encoding="utf-8")
     notebook = nbformat.reads(text, as_version=4)
     assert [len(cell.outputs) for cell in notebook.cells[1:]] == [0, 1, 1, 0, 0]
     assert notebook.cells[3].outputs[0].text == "a\nb\n"
@@ -24,16 +24,16 @@ def test_a_refreshed_chapter_has_new_outputs_and_nothing_that_changes_from_run_t
 
     second = CliRunner().invoke(main, ["refresh", str(source)])
     assert "unchanged" in second.output
-    assert source.read_text() == text
+    assert source.read_text(encoding="utf-8") == text
 
 
 def test_a_failing_chapter_is_left_as_it_was(chapter):
     source = chapter("1 / 0")
-    before = source.read_text()
+    before = source.read_text(encoding="utf-8")
     result = CliRunner().invoke(main, ["refresh", str(source)])
     assert result.exit_code == 1
     assert "ZeroDivisionError" in result.output
-    assert source.read_text() == before
+    assert source.read_text(encoding="utf-8") == before
 
 
 def test_measured_times_are_not_kept():
@@ -50,6 +50,6 @@ def test_a_chapter_that_judges_the_others_runs_after_them_and_reads_the_book_onl
         result = CliRunner().invoke(main, [command, str(judge), str(other)])
         assert result.exit_code == 0, result.output
         assert result.output.index(words) < result.output.index("running 09_judge")
-    assert "reads the chapters" in judge.read_text()
-    assert f"reads {build / 'executed'}" in (build / "executed" / "09_judge" / "09_judge.ipynb").read_text()
+    assert "reads the chapters" in judge.read_text(encoding="utf-8")
+    assert f"reads {build / 'executed'}" in (build / "executed" / "09_judge" / "09_judge.ipynb").read_text(encoding="utf-8")
     assert CliRunner().invoke(main, ["run", str(judge), str(other)]).output.count("finished before") == 2

@@ -111,7 +111,7 @@ def test_run_into_a_folder_that_cannot_be_made_says_so(tmp_path, chapter):
     result = fishlib_command("run", chapter(), "--out", tmp_path / "file" / "out")
     assert result.exit_code == 1
     assert "could not be written" in result.output
-    assert (tmp_path / "file").read_text() == "in the way"
+    assert (tmp_path / "file").read_text(encoding="utf-8") == "in the way"
 
 
 @pytest.fixture
@@ -298,6 +298,9 @@ def test_paths_with_spaces_and_letters_of_any_alphabet_work_for_every_command(tm
     result = fishlib_command("results", "--in", folder, "--out", folder / "Tabelle ä", "--plot", "seed", "accuracy", "-")
     assert result.exit_code == 0, result.output
     assert {"Tabelle ä.csv", "Tabelle ä.parquet", "Tabelle ä.png"} <= {file.name for file in folder.iterdir()}
+    swept = fishlib_command("sweep", source, "-g", "seed=3", "--workers", 1, "--out", folder / "ein Gitter")
+    assert swept.exit_code == 0, swept.output
+    assert len(list((folder / "ein Gitter" / source.stem).glob("*/results.json"))) == 1
     assert fishlib_command("refresh", source).exit_code == 0
     assert "getan" in source.read_text(encoding="utf-8")
 

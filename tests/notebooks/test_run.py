@@ -288,7 +288,7 @@ def test_files_are_written_whole_or_not_at_all(tmp_path, monkeypatch):
     monkeypatch.setattr(os, "replace", broken)
     with pytest.raises(OSError, match="disk full"):
         run.write(file, "after")
-    assert file.read_text() == "before"
+    assert file.read_text(encoding="utf-8") == "before"
     assert [path.name for path in tmp_path.iterdir()] == ["results.json"]
 
 

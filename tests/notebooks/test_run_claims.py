@@ -85,7 +85,8 @@ def test_one_run_is_chosen_by_its_name_or_by_that_of_its_claim(book):
 
 @pytest.mark.parametrize(("words", "message"), [
     ([], "name a chapter"), (["--budget", "10m", "10_one"], "goes with --claims"), (["--claims", "missing", "10_one"], "alone"),
-    (["--claims", "missing", "--profile", "full"], "alone"), (["--claims", "missing", "--budget", "soon"], "write 90s")])
+    (["--claims", "missing", "--profile", "full"], "alone"), (["--claims", "missing", "--budget", "soon"], "write 90s"),
+    (["--claims", ""], "'' is neither")])
 def test_words_that_do_not_go_together_are_refused(book, words, message):
     book(one="x = 1")
     result = fishlib("run", *words)
@@ -106,20 +107,55 @@ def test_a_run_without_its_data_or_too_long_for_the_budget_is_not_begun(book, mo
     monkeypatch.setattr(chapters, "ROOT", tmp_path)
     book(one="x = 1", dataset="mnist")
     result = fishlib("run", "--claims", "missing")
-    assert result.exit_code == 0
+    assert result.exit_code == 1
     assert "put it into FISHLIB_DATA" in result.output
+    assert result.output.endswith("not made: one\n")
     book(one="x = 1", minutes=60)
-    assert "in one piece" in fishlib("run", "--claims", "missing", "--budget", "10s").output
+    result = fishlib("run", "--claims", "missing", "--budget", "10s")
+    assert "in one piece" in result.output
+    assert result.exit_code == 1
     assert not book.folder.exists()
+
+
+def test_a_damaged_data_file_does_not_keep_the_runs_on_other_data_from_running(book, monkeypatch, tmp_path):
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "mnist.npz").write_text("no zip file")
+    monkeypatch.setenv("FISHLIB_DATA", str(tmp_path / "data"))
+    book(hurt="x = 1", whole="x = 2")
+    profile = chapters.CHAPTERS / "profiles" / "10_hurt.yml"
+    profile.write_text(profile.read_text(encoding="utf-8").replace("digits", "mnist"), encoding="utf-8")
+    result = fishlib("run", "--claims", "missing")
+    assert result.exit_code == 1
+    assert "hurt: " in result.output
+    assert "is damaged or not an npz file" in result.output
+    assert result.output.endswith("not made: hurt\n")
+    assert [folder.name for folder in book.folder.iterdir()] == ["11_whole"]
+    assert fishlib("claims").exit_code == 0
+
+
+def test_runs_that_the_budget_has_no_time_for_are_named_and_the_status_tells_of_them(book, monkeypatch):
+    book(one="x = 1", two="x = 2")
+    monkeypatch.setattr("fishlib.rerun.cli._seconds", lambda text: -1.0)
+    result = fishlib("run", "--claims", "missing", "--budget", "1s")
+    assert result.exit_code == 1
+    assert result.output.endswith("the budget is spent: start the same command again to go on\nnot made: two, one\n")
+
+
+def test_runs_for_claims_and_their_records_work_in_a_folder_of_any_name(book, monkeypatch, tmp_path):
+    monkeypatch.setattr(chapters, "BUILD", tmp_path / "mein Büchlein 書" / "_build")
+    monkeypatch.setattr(claims, "STORED", tmp_path / "gemerkt ä")
+    book(one="x = 1")
+    assert fishlib("run", "--claims", "missing").exit_code == 0
+    assert load(tmp_path / "gemerkt ä" / "10_one" / "one")["records"] == {"accuracy": pytest.approx(0.92)}
 
 
 def test_a_run_stopped_by_the_budget_goes_on_where_it_was(book, tmp_path):
     log, pid = tmp_path / "log", tmp_path / "pid"
     book(steps=STEPS.format(log=str(log), pid=str(pid)), minutes=60)
     first = fishlib("run", "--claims", "missing", "--budget", "6s")
-    assert first.exit_code == 0, first.output
+    assert first.exit_code == int("stored as" not in first.output), first.output
     assert not book.folder.exists() or "stored as" in first.output
-    before = [json.loads(file.read_text())["seconds"] for file in (chapters.BUILD / "checkpoints").glob("*.json")]
+    before = [json.loads(file.read_bytes())["seconds"] for file in (chapters.BUILD / "checkpoints").glob("*.json")]
     again = fishlib("run", "--claims", "missing")
     assert again.exit_code == 0, again.output
     made = load(book.folder / "10_steps" / "steps")
@@ -132,7 +168,7 @@ def test_a_run_that_comes_to_no_checkpoint_within_the_budget_does_not_keep_the_o
     mark = tmp_path / "begun"
     book(good="x = 1", stuck=f"import time\nopen({str(mark)!r}, 'a').write('x ')\n# FISHLIB_CHECKPOINTS\ntime.sleep(600)")
     first = fishlib("run", "--claims", "stuck", "--budget", "3s")
-    assert first.exit_code == 0, first.output
+    assert first.exit_code == 1, first.output
     assert "stopped at the end of the budget" in first.output
     second = fishlib("run", "--claims", "missing", "--budget", "5s")
     assert re.search(r"stuck: it came to no checkpoint in \d+ s: give it at least twice as long", second.output)
@@ -146,7 +182,7 @@ def test_results_that_cannot_be_stored_leave_the_former_ones_and_are_stored_when
     book(one="x = 1")
     assert fishlib("run", "--claims", "missing").exit_code == 0
     (file,) = book.folder.rglob("results.json")
-    text = file.read_text()
+    text = file.read_text(encoding="utf-8")
     for before in (text.replace("records", "of old"), None):  # damaged, and so missing; and not there
         file.write_text(before) if before else file.unlink()
         with monkeypatch.context() as patch:
@@ -156,7 +192,7 @@ def test_results_that_cannot_be_stored_leave_the_former_ones_and_are_stored_when
         assert "nothing half-written" in result.output
         assert [one.read_text() for one in book.folder.rglob("*") if one.is_file()] == ([before] if before else [])
     assert fishlib("run", "--claims", "missing").exit_code == 0
-    assert file.read_text() == text
+    assert file.read_text(encoding="utf-8") == text
 
 
 def test_ctrl_c_ends_with_one_line_keeps_the_time_and_stores_nothing(book, monkeypatch):
@@ -167,7 +203,7 @@ def test_ctrl_c_ends_with_one_line_keeps_the_time_and_stores_nothing(book, monke
     assert result.output.endswith("interrupted: start the same command again, it goes on\n")
     assert not book.folder.exists()
     (slices,) = (chapters.BUILD / "checkpoints").glob("*")
-    assert json.loads(slices.read_text())["seconds"] > 0
+    assert json.loads(slices.read_text(encoding="utf-8"))["seconds"] > 0
 
 
 def test_a_kill_leaves_no_process_and_no_half_written_result(book, tmp_path, build):
@@ -186,7 +222,7 @@ def test_a_kill_leaves_no_process_and_no_half_written_result(book, tmp_path, bui
     finally:
         process.kill()
         process.wait()
-    eventually(lambda: not alive(int(pid.read_text())))
+    eventually(lambda: not alive(int(pid.read_text(encoding="utf-8"))))
     assert not book.folder.exists()
     assert not list(Path(build).rglob("results.json"))
     assert fishlib("run", "--claims", "missing").exit_code == 0
@@ -198,11 +234,11 @@ def test_a_finished_run_that_was_not_stored_any_more_is_stored_without_a_run(boo
     book(one="x = 1")
     assert fishlib("run", "--claims", "missing").exit_code == 0
     (file,) = book.folder.rglob("results.json")
-    text = file.read_text()
+    text = file.read_text(encoding="utf-8")
     file.unlink()
     monkeypatch.setattr("fishlib.rerun.run.perform", None)
     assert fishlib("run", "--claims", "missing").exit_code == 0
-    assert file.read_text() == text
+    assert file.read_text(encoding="utf-8") == text
 
 
 def test_a_newer_result_takes_the_place_of_the_older_one(book):

@@ -6,9 +6,10 @@ import re
 
 import pytest
 import yaml
+from click.testing import CliRunner
 
 import fishlib
-from fishlib.rerun import browser, pdf
+from fishlib.rerun import browser, cli, pdf
 
 pypdf = pytest.importorskip("pypdf", reason="no pypdf: pip install 'fishlib[browser]'")
 needs_browser = pytest.mark.skipif(browser.find() is None, reason=f"no browser: none of {', '.join(browser.NAMES)}")
@@ -29,7 +30,9 @@ OTHER = {"first": "second", "second": "first", "third": "first"}
 
 @pytest.fixture
 def book(tmp_path):
-    """The contents of three pages, and their site."""
+    """The contents of three pages, and their site, in a folder with spaces and letters of several alphabets."""
+    tmp_path = tmp_path / "mein Büchlein 書"
+    tmp_path.mkdir()
     (tmp_path / "chapters").mkdir()
     for name, content in {"_toc.yml": TOC, "_config.yml": CONFIG, "CITATION.cff": CITATION}.items():
         (tmp_path / name).write_text(yaml.safe_dump(content, sort_keys=False))
@@ -91,6 +94,14 @@ def test_links_lead_to_the_page_that_is_meant_and_never_to_the_server(printed):
 
 def test_book_is_cited_with_the_version_of_the_library():
     assert pdf._about(pdf.ROOT)["version"] == fishlib.__version__
+
+
+def test_site_of_chapters_that_have_changed_since_is_not_printed(monkeypatch):
+    monkeypatch.setattr(cli, "_stale", lambda executed: ["00_why_compact"])
+    monkeypatch.setattr(pdf, "print_book", None)
+    result = CliRunner().invoke(cli.main, ["pdf"])
+    assert result.exit_code == 1
+    assert "run `fishlib run 00_why_compact` and `fishlib render`" in result.output
 
 
 def test_page_that_was_not_rendered_is_named(book):

@@ -63,17 +63,17 @@ def write_execution(root: Path, notebook: nbformat.NotebookNode) -> None:
 
 def test_builds_a_site_and_a_failing_build_leaves_it_in_place(book):
     out = render(root=book)
-    page = (out / "chapters" / "tiny.html").read_text()
+    page = (out / "chapters" / "tiny.html").read_text(encoding="utf-8")
     assert out == book / "_build" / "html"
     assert "three epochs" in page
     assert page.count(DEFAULTS_PROMPT) == 1
     assert assets.CDN in page
-    assert "secret" not in page + (out / "_sources" / "chapters" / "tiny.ipynb").read_text()
+    assert "secret" not in page + (out / "_sources" / "chapters" / "tiny.ipynb").read_text(encoding="utf-8")
 
     (book / "chapters" / "index.md").write_text("# Broken page\n\n{ref}`nothing-of-this-name`\n")
     with pytest.raises(RenderError, match=r"former site is unchanged\n.*index\.md:3: WARNING: .*nothing-of-this-name"):
         render(root=book)
-    assert "First page" in (out / "chapters" / "index.html").read_text()
+    assert "First page" in (out / "chapters" / "index.html").read_text(encoding="utf-8")
     assert sorted(entry.name for entry in (book / "_build").iterdir()) == ["executed", "html", "source"]
 
 
@@ -103,7 +103,7 @@ def test_execution_of_other_code_is_refused_but_new_text_is_taken(book):
 
 
 def test_page_of_the_contents_that_does_not_exist_is_named(book):
-    toc = yaml.safe_load((book / "_toc.yml").read_text())
+    toc = yaml.safe_load((book / "_toc.yml").read_text(encoding="utf-8"))
     toc["chapters"].append({"file": "chapters/absent"})
     (book / "_toc.yml").write_text(yaml.safe_dump(toc))
     with pytest.raises(RenderError, match="lists chapters/absent"):
@@ -115,7 +115,7 @@ def test_assignment_is_staged_as_it_is_and_its_master_is_not(book):
     for folder in (book / "chapters" / "assignments", book / "chapters" / "assignments" / "masters"):
         folder.mkdir()
         nbformat.write(notebook, folder / "task.ipynb")
-    toc = yaml.safe_load((book / "_toc.yml").read_text())
+    toc = yaml.safe_load((book / "_toc.yml").read_text(encoding="utf-8"))
     toc["chapters"].append({"file": "chapters/assignments/task"})
     (book / "_toc.yml").write_text(yaml.safe_dump(toc))
     source = stage(book / "_build" / "executed", book / "_build" / "source", book)
@@ -130,7 +130,7 @@ def test_folder_with_something_else_is_not_replaced(book, tmp_path):
     kept.write_text("dear diary")
     with pytest.raises(RenderError, match="something other than a site"):
         render(root=book, out=kept.parent)
-    assert kept.read_text() == "dear diary"
+    assert kept.read_text(encoding="utf-8") == "dear diary"
 
 
 @pytest.mark.parametrize("injected", [True, False])
@@ -151,7 +151,7 @@ def test_former_site_returns_when_the_new_one_cannot_be_put_in_place(tmp_path):
     work.mkdir()
     with pytest.raises(FileNotFoundError):
         swap(work / "never-built", out)
-    assert (out / "page.html").read_text() == "former"
+    assert (out / "page.html").read_text(encoding="utf-8") == "former"
 
 
 def test_bars_and_lone_stars_of_docstrings_are_escaped_but_not_in_code():

@@ -157,7 +157,7 @@ def test_search_index_finds_the_subject_of_the_book():
 
 @pytest.mark.parametrize("page", NOTEBOOKS)
 def test_launch_buttons_open_this_chapter_in_the_configured_repository(page):
-    repository = yaml.safe_load((ROOT / "_config.yml").read_text())["repository"]
+    repository = yaml.safe_load((ROOT / "_config.yml").read_text(encoding="utf-8"))["repository"]
     name = urlparse(repository["url"]).path.strip("/")
     notebook = Path(page).with_suffix(".ipynb").as_posix()
     links = {link["href"] for link in soup(page).find_all("a", href=True)}
@@ -190,5 +190,6 @@ def test_assignments_are_shown_with_their_blanks_and_without_solutions_or_master
 
 def test_library_page_documents_every_module():
     modules = {f"fishlib.{module.name}" for module in pkgutil.iter_modules(fishlib.__path__)}
-    documented = set(re.findall(r"^\.\. automodule:: (\S+)", (ROOT / "chapters" / "api.md").read_text(), re.MULTILINE))
+    page = (ROOT / "chapters" / "api.md").read_text(encoding="utf-8")
+    documented = set(re.findall(r"^\.\. automodule:: (\S+)", page, re.MULTILINE))
     assert modules - documented == set(), "add them to chapters/api.md"
