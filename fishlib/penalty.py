@@ -347,10 +347,8 @@ class FisherTrace(Penalty):
     ----------
     threat : `range_noise`, `relative_noise`, `isotropic` (by name or function), ``quantization(bits)``, or a function
         from a weight tensor to the variances of its change, a scalar or a tensor of its shape
-    share : of the batch that the estimate uses. Its relative deviation hardly grows as the share falls where cross terms
-        between images make most of it, as for convolutions; it does grow where the closed form of linear layers leaves
-        the draw of images and labels (an MLP with batches of 256: 0.6 % on the whole batch, 1.0 % on a quarter, 1.5 % on
-        an eighth). The noise averages out over the steps. An eighth costs 1.62 plain steps there, a quarter 1.78
+    share : of the batch that the estimate uses. It is unbiased on any; the noise, which averages out over the steps, grows as
+        the share falls, and the cost falls. `benchmarks/penalty.py` measures both
     biases : whether tensors of one dimension are under the threat
     """
 
