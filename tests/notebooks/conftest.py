@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Callable
@@ -34,7 +35,9 @@ def command() -> Callable[..., subprocess.Popen]:
     started: list[subprocess.Popen] = []
 
     def start(*words: Any, **options: Any) -> subprocess.Popen:
-        options = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True} | options
+        # A shell starts what it runs in the background with Ctrl-C ignored, which the command would inherit.
+        options = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True,
+                   "preexec_fn": lambda: signal.signal(signal.SIGINT, signal.default_int_handler)} | options
         process = subprocess.Popen([sys.executable, "-m", "fishlib.rerun.cli", *map(str, words)], **options,
                                    env=os.environ | {"PYTHONPATH": str(chapters.PACKAGE.parent)})
         started.append(process)

@@ -299,14 +299,14 @@ def test_an_interrupted_sweep_ends_its_workers_and_goes_on_where_it_stopped(tmp_
     family = psutil.Process(process.pid).children(recursive=True)
     # As Ctrl-C in a terminal: the whole group is interrupted.
     os.killpg(process.pid, signal.SIGINT)
-    output, _ = process.communicate(timeout=120)
+    output, _ = process.communicate(timeout=60)
     assert process.returncode == 130, output
     assert "goes on where it stopped" in output
     assert "Traceback" not in output
     eventually(lambda: not any(alive(child.pid) for child in family))
     (diary / "go").touch()
     again = command(*words)
-    output, _ = again.communicate(timeout=120)
+    output, _ = again.communicate(timeout=60)
     assert again.returncode == 0, output
     assert "2 runs, 1 finished before" in output
     assert lines(diary / "begun") == ["1", "0", "0"]
