@@ -229,7 +229,7 @@ def test_quick_results_have_changed_by_the_numbers_that_moved_further_than_noise
 def committed(book, tmp_path, monkeypatch):
     """The chapter with a quick result of 0.9, committed in a repository; and a function to commit it again."""
     if shutil.which("git") is None:
-        pytest.skip("no git: marks of a commit cannot be read")
+        pytest.skip("git is not installed")
     path = chapters.CHAPTERS / "10_small.ipynb"
     rewrite(path, quick=0.9)
     (tmp_path / "fishlib").mkdir()
