@@ -21,7 +21,7 @@ def complaints(file: Path) -> list[str]:
 
     Outputs stay in the repository, for readers see them and tests compare with them, but not their by-products: errors, logs
     and progress bars on standard error, metadata of an execution, outputs and files that are too large, and what a cell tagged
-    `nbval-ignore-output` measured.
+    `nbval-ignore-output` measured. A figure with a caption has its picture.
     """
     notebook = chapters.read(file)
     found = [f"the notebook's metadata hold {name!r}" for name in sorted(set(notebook.metadata) - LASTING)]
@@ -30,6 +30,8 @@ def complaints(file: Path) -> list[str]:
     for number, cell in enumerate(notebook.cells, 1):
         found += [f"cell {number} has metadata of an execution, {name!r}" for name in VOLATILE if name in cell.metadata]
         found += [f"cell {number} {fault}" for output in cell.get("outputs", []) for fault in _faults(cell, output)]
+        if _lacks_figure(cell):
+            found.append(f"cell {number} has the caption of a figure and stores no picture")
     return found
 
 
@@ -42,6 +44,12 @@ def _faults(cell: dict, output: dict) -> list[str]:
         "stores its provenance, which changes from run to run": "provenance" in output.get("metadata", {}).get("fishlib", {}),
         "is tagged nbval-ignore-output and stores an output": "nbval-ignore-output" in cell.metadata.get("tags", [])}
     return [fault for fault, present in faults.items() if present]
+
+
+def _lacks_figure(cell: dict) -> bool:
+    """Whether a reader of the notebook misses a figure, for it did not run or its picture was too large to be kept."""
+    captioned = "figure" in cell.metadata.get("mystnb", {}) and "nbval-ignore-output" not in cell.metadata.get("tags", [])
+    return captioned and not any("image/png" in output.get("data", {}) for output in cell.get("outputs", []))
 
 
 def main(names: list[str]) -> int:

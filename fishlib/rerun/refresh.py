@@ -9,7 +9,7 @@ from typing import Any
 from fishlib.rerun import chapters
 from fishlib.rerun.run import Run, with_outputs, write
 
-LARGE = 200_000  # characters: an output beyond is left out of the repository
+LARGE = 400_000  # characters: an output beyond is left out of the repository
 VOLATILE = ("papermill", "execution", "ExecuteTime", "widgets", "collapsed", "scrolled")
 
 

@@ -18,7 +18,7 @@ def test_chapters_as_stored_pass(path):
 @pytest.mark.parametrize(("output", "named"), [
     (new_output("stream", name="stderr", text="GPU available: False\n"), "stores a log"),
     (new_output("stream", name="stdout", text="10 %\r20 %\n"), "progress bar"),
-    (new_output("stream", name="stdout", text="x" * 300_000), "more than 200,000 characters"),
+    (new_output("stream", name="stdout", text="x" * 500_000), "more than 400,000 characters"),
     (new_output("error", ename="ValueError", evalue="no", traceback=[]), "ended in an error"),
     (new_output("display_data", {"text/plain": ""}, metadata={"fishlib": {"provenance": {}}}), "stores its provenance")])
 def test_by_products_of_an_execution_are_named_with_their_cell(chapter, output, named, capsys):
@@ -44,6 +44,14 @@ def test_metadata_of_an_execution_and_measured_outputs_are_named(chapter):
     assert "metadata hold 'papermill'" in found
     assert "metadata of an execution, 'execution'" in found
     assert "is tagged nbval-ignore-output and stores an output" in found
+
+
+def test_a_captioned_figure_without_its_picture_is_named(chapter):
+    source = chapter("print(1)")
+    notebook = nbformat.read(source, 4)
+    notebook.cells[-1].metadata["mystnb"] = {"figure": {"caption": "Lost."}}
+    nbformat.write(notebook, source)
+    assert check.complaints(source) == [f"cell {len(notebook.cells)} has the caption of a figure and stores no picture"]
 
 
 def test_clean_notebooks_pass_in_silence(chapter, capsys):
