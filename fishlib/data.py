@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 import hashlib
+import math
 import os
 import tarfile
 import zipfile
@@ -438,12 +439,16 @@ class ImageData(L.LightningDataModule):
         images, labels = self._of(split)
         return self.batches(split)._standardised(images), labels
 
-    def batches(self, split: str, batch_size: int = 512, shuffle: bool | None = None) -> Batches:
+    def batches(self, split: str, batch_size: int | None = None, shuffle: bool | None = None) -> Batches:
         """Batches of a split: "train" shuffled and augmented with this data's batch size, the others in order.
 
-        With ``shuffle=False`` the training images, too, come in order and without augmentation, `batch_size` at a time.
+        With ``shuffle=False`` the training images, too, come in order and without augmentation. What comes in order comes
+        `batch_size` at a time, by default 1,024 and on a CPU fewer.
         """
         images, labels = self._of(split)
+        if batch_size is None:
+            # The maps of a layer should stay in a CPU's caches: ResNet-20 takes a third of the time for 128 images at a time.
+            batch_size = max(128, 2**18 // math.prod(images.shape[1:])) if images.device.type == "cpu" else 1024
         shuffle = split == "train" if shuffle is None else shuffle
         return Batches(images, labels, self.mean.to(images.device), self.std.to(images.device),
                        self.batch_size if shuffle else batch_size, shuffle, self.augment, self.seed)

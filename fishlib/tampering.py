@@ -150,7 +150,7 @@ def replaced(net: nn.Module, weights: Weights) -> Iterator[nn.Module]:
 
 def curve(net: nn.Module, data: ImageData, kind: str, amounts: Sequence[float], repeats: int = 10,
           split: str = "test", biases: bool = True, reestimate: bool = False, seed: int = 0,
-          batch_size: int = 1024) -> pd.DataFrame:
+          batch_size: int | None = None) -> pd.DataFrame:
     """Accuracy after changes of growing size, `repeats` draws each: one row an amount.
 
     Small networks run all draws at once (vmap over stacked weights), which saves the time of many small operators.
@@ -184,7 +184,7 @@ def curve(net: nn.Module, data: ImageData, kind: str, amounts: Sequence[float], 
 
 @torch.no_grad()
 def accuracies(net: nn.Module, data: ImageData, draws: list[Weights], split: str = "test", reestimate: bool = False,
-               batch_size: int = 1024) -> list[float]:
+               batch_size: int | None = None) -> list[float]:
     """Accuracy of `net` with each of several sets of weights; a prediction that is not a number counts as wrong."""
     with evaluation_mode(net):
         if reestimate:
@@ -222,7 +222,7 @@ def reestimated(net: nn.Module, data: ImageData, weights: Weights, batches: int 
     try:
         for m in norms:
             m.train()
-        for count, (images, _) in zip(range(1, batches + 1), data.batches("train", shuffle=False), strict=False):
+        for count, (images, _) in zip(range(1, batches + 1), data.batches("train", 512, shuffle=False), strict=False):
             for m in norms:
                 m.momentum = 1 / count
             functional_call(net, weights | buffers, (images,))

@@ -48,7 +48,8 @@ class Evaluation:
 
 
 @torch.no_grad()
-def evaluate(net: nn.Module, data: ImageData, split: str = "validation", batch_size: int = 512) -> Evaluation:
+def evaluate(net: nn.Module, data: ImageData, split: str = "validation",
+             batch_size: int | None = None) -> Evaluation:
     """Loss and accuracy of `net` in evaluation mode on a split of `data`; the network's modes are restored."""
     device = next((p.device for p in net.parameters()), data.device)
     loss, correct, samples = 0.0, 0, 0

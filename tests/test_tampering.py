@@ -152,7 +152,7 @@ def test_statistics_are_taken_anew_for_the_changed_weights_only(normalised, data
             module.reset_running_stats()
             module.momentum = None
             module.train()
-    for _, (images, _) in zip(range(3), data.batches("train", shuffle=False), strict=False):
+    for _, (images, _) in zip(range(3), data.batches("train", 512, shuffle=False), strict=False):
         slow(images)
     expected = dict(slow.named_buffers())
     for name, value in buffers.items():
