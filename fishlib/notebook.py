@@ -23,11 +23,15 @@ import subprocess
 import time
 import tokenize
 import warnings
+from collections.abc import Callable
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGES = ("torch", "torchvision", "pytorch-lightning", "numpy", "scikit-learn", "fishlib")
@@ -259,6 +263,25 @@ def _publish(data: dict[str, str], meta: dict[str, Any]) -> None:
     from IPython.display import display
 
     display(data, metadata=meta, raw=True)
+
+
+def kept(path: str | Path | None, compute: Callable[[], pd.DataFrame]) -> pd.DataFrame:
+    """A table that takes long: as it stands in the file `path`, else computed and then written there as a whole.
+
+    So a run that was stopped goes on where it was. The name of the file has to say all that decides the table; without one
+    nothing is kept.
+    """
+    import pandas as pd
+
+    path = path and Path(path)
+    if path and path.exists():
+        return pd.read_csv(path, float_precision="round_trip")
+    table = compute()
+    if path:
+        part = path.with_name(f"{path.name}.part{os.getpid()}")
+        table.to_csv(part, index=False)
+        part.replace(path)
+    return table
 
 
 def provenance(data: Any = None) -> None:

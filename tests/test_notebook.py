@@ -4,6 +4,7 @@ import sys
 
 import nbformat
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from nbclient import NotebookClient
@@ -100,6 +101,22 @@ def test_provenance_states_where_numbers_come_from(outputs):
 def test_a_record_that_is_not_finite_is_refused(value):
     with pytest.raises(ValueError, match=r"record\('loss'"):
         notebook.record("loss", value)
+
+
+def test_a_kept_table_is_computed_once_and_read_back_exactly(tmp_path):
+    table, calls = pd.DataFrame({"name": ["a", "b"], "value": [0.1 + 0.2, 1e-17 / 3]}), []
+    for _ in range(2):
+        found = notebook.kept(tmp_path / "table.csv", lambda: calls.append(1) or table)
+        pd.testing.assert_frame_equal(found, table, check_exact=True)
+    assert len(calls) == 1
+    assert [file.name for file in tmp_path.iterdir()] == ["table.csv"]
+    assert notebook.kept(None, lambda: table) is table
+
+
+def test_a_table_that_was_not_finished_is_not_kept(tmp_path):
+    with pytest.raises(ZeroDivisionError):
+        notebook.kept(tmp_path / "table.csv", lambda: 1 / 0)
+    assert not list(tmp_path.iterdir())
 
 
 def test_percent_takes_fractions():
