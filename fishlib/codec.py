@@ -164,7 +164,9 @@ def fisher_clusters(fisher: Mapping[str, Tensor], kept: Mapping[str, Tensor], cl
     """k-means of log F over all kept weights together: for each weight its cluster, 1 the least informative; 0 where
     nothing is kept."""
     flat = torch.cat([torch.where(kept[name], fisher[name].clamp_min(1e-30).log() - 100, 0.0).flatten() for name in fisher])
-    labels, _ = cluster(flat, clusters)
+    labels, centroids = cluster(flat, clusters)
+    ranks = torch.cat([labels.new_zeros(1), centroids.argsort().argsort() + 1])  # k-means may move an empty cluster elsewhere
+    labels = ranks[labels]
     parts = labels.split([f.numel() for f in fisher.values()])
     return {name: part.view_as(f) for (name, f), part in zip(fisher.items(), parts, strict=True)}
 
@@ -237,7 +239,7 @@ class Shared(nn.Module):
 
     def __init__(self, weight: Tensor):
         super().__init__()
-        self.register_buffer("labels", torch.full(weight.shape, -1, dtype=torch.int16, device=weight.device))
+        self.register_buffer("labels", torch.full(weight.shape, -1, dtype=torch.int32, device=weight.device))
         self._found = None
 
     def assign(self, weight: Tensor, levels: int, importance: Tensor | None = None) -> None:
@@ -431,7 +433,7 @@ def size(path: str | Path) -> pd.Series:
 
 def ratio(path: str | Path, net: nn.Module) -> float:
     """How many times smaller the file is than the network's parameters and buffers in memory (float32: 4 bytes each)."""
-    return sum(t.numel() * t.element_size() for t in _tensors(net).values()) / Path(path).stat().st_size
+    return sum(t.numel() * t.element_size() for t in _tensors(plain(net)).values()) / Path(path).stat().st_size
 
 
 def _tensors(net: nn.Module) -> dict[str, Tensor]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 import time
+from collections import Counter, defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
 from math import prod
@@ -27,6 +28,7 @@ ENERGY_PJ = {
     "register": 1.0, "sram 8 KB": 5.0, "dram": 640.0,
 }
 aten = torch.ops.aten
+WORK = ("macs", "norm_outputs", "relu_outputs", "activations")
 
 
 def power(connections: float, rate: float, access: str = "dram") -> float:
@@ -119,7 +121,7 @@ class _Counter(TorchDispatchMode):
 
     def _add(self, output: Tensor, kind: str, amount: int) -> None:
         name = max(self.tracker.parents - {"Global"}, key=len, default="Global")
-        row = self.rows.setdefault(name, dict.fromkeys(("macs", "norm_outputs", "relu_outputs", "activations"), 0))
+        row = self.rows.setdefault(name, dict.fromkeys(WORK, 0))
         row[kind] += amount
         row["activations"] += output.numel()
 
@@ -160,21 +162,25 @@ def count(net: nn.Module, shape: Sequence[int], bits: int = 32) -> Cost:
     with torch.no_grad(), ModuleTracker() as tracker, _Counter(tracker) as counter:
         net(image)
     layers = _layers(net, counter.rows)
-    total = layers[["macs", "norm_outputs", "relu_outputs", "activations"]].sum()
+    total = layers[list(WORK)].sum()
     return Cost(sum(p.numel() for p in net.parameters()), *(int(v) for v in total), layers=layers, bits=bits)
 
 
 def _layers(net: nn.Module, rows: dict[str, dict[str, int]]) -> pd.DataFrame:
-    prefix = type(net).__name__
+    """A row a module; work of one with several names is in its first, that of one without a name in the network's own."""
+    prefix, first = type(net).__name__, {}
+    names = {f"{prefix}.{name}" if name else prefix: first.setdefault(module, name)
+             for name, module in net.named_modules(remove_duplicate=False)}
+    done: dict[str, Counter] = defaultdict(Counter)
+    for name, row in rows.items():
+        done[names.get(name, "")].update(row)
     table = []
-    for name, module in net.named_modules():
+    for module, name in first.items():
         own = sum(p.numel() for p in module.parameters(recurse=False))
-        work = rows.get(f"{prefix}.{name}" if name else prefix)
-        if own or work:
-            work = work or dict.fromkeys(("macs", "norm_outputs", "relu_outputs", "activations"), 0)
-            table.append({"layer": name or "(network)", "kind": type(module).__name__, "parameters": own} | work)
-    columns = ["layer", "kind", "parameters", "macs", "norm_outputs", "relu_outputs", "activations"]
-    return pd.DataFrame(table, columns=columns)
+        if own or name in done:
+            table.append({"layer": name or "(network)", "kind": type(module).__name__, "parameters": own,
+                          **{kind: done[name][kind] for kind in WORK}})
+    return pd.DataFrame(table, columns=["layer", "kind", "parameters", *WORK])
 
 
 def latency(net: nn.Module, shape: Sequence[int], batch: int = 1, repeats: int = 20) -> float:

@@ -518,7 +518,7 @@ def kl(net_a: nn.Module, net_b: nn.Module, batches: Batches, likelihood: Softmax
             likelihood.check(outputs[-1], None)
         if outputs[0].shape != outputs[1].shape:
             raise ValueError(f"the networks return {tuple(outputs[0].shape)} and {tuple(outputs[1].shape)} for the same images")
-        total += likelihood.divergence(*outputs).double().sum()
+        total += likelihood.divergence(*(one.double() for one in outputs)).sum()
         count += len(images)
     count = all_sum([total], count)
     return float(total) / count

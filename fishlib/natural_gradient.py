@@ -27,7 +27,7 @@ from fishlib.fisher import (
     stream,
     vector_product,
 )
-from fishlib.per_sample import Linear, Rule, logits, propagate, record, slices
+from fishlib.per_sample import Linear, Rule, as_parameter, logits, propagate, record, slices
 
 
 def natural_gradient(net: nn.Module, batches: Batches, gradient: dict[str, Tensor], damping: float = 1e-3,
@@ -280,10 +280,11 @@ class NaturalGradient(torch.optim.Optimizer):
         others = [p for group in self.param_groups for p in group["params"] if id(p) not in blocked]
         gradients = torch.autograd.grad(outputs, [edge for _, edge in uses] + others, columns[:, 0], retain_graph=True,
                                         allow_unused=True)
-        with torch.no_grad():
+        # Eigenvalues of moments in bfloat16 would be noise, and CUDA refuses them.
+        with torch.no_grad(), torch.autocast(outputs.device.type, enabled=False):
             for (rule, _), g in zip(uses, gradients, strict=False):
                 if g is not None:
-                    self._update_block(rule, g.unsqueeze(1), len(columns))
+                    self._update_block(rule, as_parameter(rule, g).unsqueeze(1), len(columns))
             for p, g in zip(others, gradients[len(uses):], strict=True):
                 if g is not None:
                     self.squares[id(p)] = self._average(self.squares.get(id(p)), g.square() / len(columns))

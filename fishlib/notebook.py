@@ -71,7 +71,7 @@ class Parameter:
         try:
             value = self._as_kind(value)
             inside = self.low is None or self.low <= value <= self.high
-        except (TypeError, ValueError):
+        except (TypeError, ValueError, SyntaxError):
             inside = False
         if not inside or (self.choices and not self._is_choice(value)):
             raise ValueError(f"{self.name}={value!r} is not valid: {self.name} is {self.valid}")

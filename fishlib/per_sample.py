@@ -431,7 +431,7 @@ def propagate(outputs: Tensor, columns: Tensor, recorder: Recorder, consume: Cal
     count = columns.shape[1]
 
     def arrived(use: Rule, g: Tensor) -> None:
-        g, kept = use.compress(_as_parameter(use, g)), waiting[use]
+        g, kept = use.compress(as_parameter(use, g)), waiting[use]
         if use not in merging:
             kept.append(g)
         elif kept:
@@ -478,7 +478,7 @@ def reduced(outputs: Tensor, columns: Tensor, recorder: Recorder, reduction: str
         return found | {name: _summed(parts, reduction) for name, parts in shared.items()}
 
 
-def _as_parameter(use: Rule, g: Tensor) -> Tensor:
+def as_parameter(use: Rule, g: Tensor) -> Tensor:
     """Under autocast activations have less precision than parameters, too little for squares."""
     dtype = (use.bias if use.weight is None else use.weight).dtype
     if g.dtype == dtype:
@@ -505,7 +505,7 @@ def sample_by_sample(net: nn.Module, images: Tensor, columns: Tensor, wanted: di
     if not wanted:
         return {}
     size = max(1, CHUNK // (columns.shape[1] * sum(p.numel() for p in wanted.values())))
-    gradients = _vmapped if _vmap_follows(net, images[:1], columns[:1], wanted) else _looped
+    gradients = _vmapped if _vmap_follows(net, images[:2], columns[:2], wanted) else _looped  # errors may hide in one sample
     total: dict[str, list[Tensor]] = {name: [] for name in wanted}
     for rows in slices(len(images), size):
         for name, g in gradients(net, images[rows], columns[rows], wanted).items():

@@ -222,13 +222,14 @@ def fit(net: nn.Module, data: ImageData, *, epochs: int = 10, optimizer: str | C
     """
     _check(epochs, optimizer, schedule, precision, penalty)
     net = copy.deepcopy(net).train()  # Lightning would keep the mode that it finds, and BatchNorm its old statistics
+    made = optimizer(copy.deepcopy(net)) if callable(optimizer) else None
     if lr is None:
-        lr = optimizer(copy.deepcopy(net)).param_groups[0]["lr"] if callable(optimizer) else LEARNING_RATES[optimizer]
+        lr = made.param_groups[0]["lr"] if made else LEARNING_RATES[optimizer]
     reduced = precision == "bfloat16" or (precision == "auto" and _gains_from_bfloat16(data.device))
     conditions = {"epochs": epochs, "lr": lr, "schedule": schedule, "weight_decay": weight_decay, "seed": seed,
                   "label_smoothing": label_smoothing, "data": data.fingerprint, "batch_size": data.batch_size,
                   "split": data.seed, "images": data.size("train"), "augment": list(data.augment),
-                  "optimizer": "custom" if callable(optimizer) else optimizer}
+                  "optimizer": _chosen(made) if made else optimizer}
     path = Path(checkpoint) if checkpoint else None
     if path:
         conditions |= {"network": digest(net.state_dict()), "penalty": _identity(penalty, net)}
@@ -278,6 +279,12 @@ def _identity(penalty: Any, net: nn.Module) -> str:
     if hasattr(penalty, "identity"):
         return penalty.identity(net)
     return repr(penalty) if isinstance(penalty, L.Callback) else getattr(penalty, "__qualname__", type(penalty).__name__)
+
+
+def _chosen(optimizer: torch.optim.Optimizer) -> str:
+    """An optimizer's class and its numbers, words and switches; other objects have no name that the next process knows."""
+    plain = {name: value for name, value in optimizer.defaults.items() if isinstance(value, bool | int | float | str | tuple)}
+    return f"{type(optimizer).__qualname__} {plain}"
 
 
 def _check_resumable(path: Path, conditions: dict[str, Any]) -> None:

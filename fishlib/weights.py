@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.utils import parametrize
+from torch.overrides import TorchFunctionMode
 
 from .data import ImageData
 from .fisher import diagonal
@@ -148,6 +149,8 @@ def score(net: nn.Module, data: ImageData | Iterable[tuple[Tensor, Tensor]], by:
         raise ValueError(f"unknown score {by!r}: use one of {', '.join(SCORES)}")
     attached, net = masks(net), plain(net)
     batches = list(_first(data, samples)) if by not in ("magnitude", "random") else []
+    if not batches and by not in ("magnitude", "random"):
+        raise ValueError(f"the score {by!r} needs images, and there are none: an iterator may be used up, or samples={samples}")
     with evaluation_mode(net), torch.random.fork_rng():
         torch.manual_seed(seed)
         scores = SCORES[by](net, batches, **options)
@@ -374,7 +377,7 @@ def without_dead_ends(net: nn.Module, shape: tuple[int, int, int]) -> nn.Module:
         for parameter in positive.parameters():
             parameter.copy_((parameter != 0).double())
     ones = torch.ones(1, *shape, dtype=torch.float64, device=next(positive.parameters()).device)
-    with evaluation_mode(positive):
+    with evaluation_mode(positive), _MeanPooling():
         # Path counts grow fast: the logarithm of the sum keeps the gradients within range.
         gradients = torch.autograd.grad(positive(ones).sum().log(), list(positive.parameters()), allow_unused=True)
     with torch.no_grad():
@@ -382,6 +385,20 @@ def without_dead_ends(net: nn.Module, shape: tuple[int, int, int]) -> nn.Module:
             if gradient is not None:
                 parameter.masked_fill_(gradient == 0, 0.0)
     return net
+
+
+MEANS = {F.max_pool1d: F.avg_pool1d, F.max_pool2d: F.avg_pool2d, F.max_pool3d: F.avg_pool3d}
+
+
+class _MeanPooling(TorchFunctionMode):
+    """Max pooling as mean pooling: the gradient of a maximum reaches one of its inputs only."""
+
+    def __torch_function__(self, func: Callable, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        kwargs = dict(kwargs or {})
+        if func in MEANS and kwargs.get("dilation", 1) == 1:
+            func, given = MEANS[func], kwargs
+            kwargs = {name: given[name] for name in ("stride", "padding", "ceil_mode") if name in given}
+        return func(*args, **kwargs)
 
 
 # -- during training --------------------------------------------------------------------------------------------------
@@ -422,14 +439,16 @@ class Pruning(L.Callback):
             kept = layer.weight.detach() != 0 if _attached(layer) else torch.ones_like(layer.weight, dtype=torch.bool)
             _attach(layer, kept, self.regrow)
         kept = torch.cat([mask.flatten() for mask in masks(module.net).values()])
+        removed = len(kept) - int(kept.sum())
         self.initial = 1 - kept.float().mean().item()
-        if self.initial > self.sparsity:
+        if removed > round(self.sparsity * len(kept)):
             raise ValueError(f"sparsity={self.sparsity}: the network has lost {self.initial:.4f} of its weights already; ask "
                              "for more")
 
     def on_fit_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
         total = trainer.estimated_stepping_batches
-        first, last = round(self.start * total), max(1, round(self.end * total))
+        first = min(round(self.start * total), total - 1)
+        last = max(first + 1, round(self.end * total))
         steps = torch.linspace(first, last, min(self.updates, last - first) + 1).round().int().tolist()
         self.first, self.last, self.steps = first, last, set(steps[1:])
 

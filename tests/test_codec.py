@@ -437,3 +437,16 @@ def test_an_interrupted_compression_goes_on_to_the_same_network(net, data, tmp_p
         fit(net, data, epochs=4, callbacks=[*callbacks(), Stop()], checkpoint=tmp_path / "run.ckpt")
     resumed, _ = fit(net, data, epochs=4, callbacks=callbacks(), checkpoint=tmp_path / "run.ckpt")
     assert identical(weights.plain(resumed), weights.plain(whole))
+
+
+def test_the_ratio_does_not_count_what_pruning_and_sharing_attach(data, net, tmp_path):
+    held, _ = fit(net, data, epochs=1, callbacks=[weights.Pruning(0.8, end=0.3), codec.SharedWeights(3, start=0.6)])
+    codec.compress(held, tmp_path / "file")
+    assert codec.ratio(tmp_path / "file", held) == codec.ratio(tmp_path / "file", weights.plain(held))
+
+
+def test_sixteen_bits_of_shared_values_keep_every_weight():
+    weight = torch.linspace(-1, 1, 40_000).view(200, 200)
+    shared = codec.Shared(weight)
+    shared.assign(weight, 2**16)
+    assert torch.allclose(shared(weight), weight, atol=1e-3)

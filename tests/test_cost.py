@@ -84,3 +84,9 @@ def test_counting_and_timing_leave_the_network_as_it_was():
     assert net.training
     assert not net[1].training
     assert all(torch.equal(before[name], value) for name, value in net.state_dict().items())
+
+
+def test_work_of_a_module_with_two_parents_is_counted():
+    relu = nn.ReLU()
+    net = nn.Sequential(nn.Sequential(nn.Linear(4, 4), relu), nn.Sequential(nn.Linear(4, 4), relu))
+    assert cost.count(net, (4,)).relu_outputs == 8

@@ -662,3 +662,24 @@ def test_examples_in_docstrings_hold():
     import doctest
 
     assert doctest.testmod(fisher).failed == 0
+
+
+def test_divergences_far_below_single_precision_are_right():
+    torch.manual_seed(0)
+    net, images = nn.Linear(5, 3), torch.randn(100, 5)
+    near = copy.deepcopy(net)
+    with torch.no_grad():
+        near.weight += 1e-5 * torch.randn(3, 5)
+    batches = [(images, torch.zeros(100, dtype=torch.long))]
+    exact = fisher.kl(copy.deepcopy(net).double(), copy.deepcopy(near).double(), [(images.double(), batches[0][1])])
+    assert fisher.kl(net, near, batches) == pytest.approx(exact, rel=0.05)
+
+
+@pytest.mark.parametrize("kind", ["empirical", "exact"])
+def test_layers_that_vmap_gets_wrong_only_for_several_images_go_through_the_loop(kind):
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(6, 5), nn.PReLU(), nn.Linear(5, 3)).double()
+    images, labels = torch.randn(9, 6, dtype=torch.float64), torch.randint(3, (9,))
+    found = fisher.diagonal(net, [(images, labels)], kind=kind)
+    for name, expected in loop_diagonal(net, images, labels, kind).items():
+        assert torch.allclose(found[name], expected)

@@ -311,3 +311,26 @@ def test_rewinding_starts_every_round_from_the_early_weights(net, data):
             assert torch.equal(w[w != 0], weights.values(net)[name][w != 0])
     assert [round(1 - torch.cat([w.flatten() for w in s.values()]).count_nonzero().item() / 944, 2) for s in starts] == [
         0, 0.5, 0.75]
+
+
+def test_dead_ends_behind_max_pooling_and_padding_change_nothing():
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Conv2d(1, 8, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2), nn.Conv2d(8, 8, 3, padding=1), nn.ReLU(),
+                        nn.MaxPool2d(2), nn.Flatten(), nn.Linear(32, 10)).double()
+    net = weights.prune(net, weights.score(net, [], "magnitude"), 0.7)
+    images = torch.randn(50, 1, 8, 8, dtype=torch.float64)
+    assert torch.equal(weights.without_dead_ends(net, (1, 8, 8))(images), net(images))
+
+
+@pytest.mark.parametrize("by", ["taylor", "hessian", "fisher", "woodfisher"])
+def test_a_score_without_images_is_refused(net, by):
+    with pytest.raises(ValueError, match="needs images, and there are none"):
+        weights.score(net, iter(()), by)
+
+
+def test_pruning_goes_on_at_the_share_that_is_gone_and_reaches_its_share_in_few_steps(data, net):
+    pruned = weights.prune(net, weights.score(net, data, "magnitude"), 0.98)
+    fit(pruned, data, epochs=1, callbacks=[weights.Pruning(0.98)])
+    few = ImageData(limit=120, batch_size=32)
+    short, _ = fit(net, few, epochs=1, callbacks=[weights.Pruning(0.5, start=0.5, end=0.6)])
+    assert abs(weights.summary(short).share.iloc[-1] - 0.5) < 1e-3

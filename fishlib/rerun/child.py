@@ -31,7 +31,7 @@ def main() -> None:
         reports.write(json.dumps(message) + "\n")
         reports.flush()
 
-    job = json.loads(sys.stdin.buffer.readline())
+    job = json.loads(open(0, "rb", buffering=0, closefd=False).readline())  # unbuffered: a word behind it is for the thread
     scratch = Path(job.pop("scratch"))
     threading.Thread(target=_end_with_parent, args=[scratch], daemon=True).start()
     run = Run(Path(job["chapter"]), job["profile"], job["parameters"], job["identity"], Path(job["folder"]))
