@@ -11,7 +11,7 @@ from fishlib.rerun.cli import main
 
 def test_a_refreshed_chapter_has_new_outputs_and_nothing_that_changes_from_run_to_run(chapter):
     source = chapter("print('a'); print('b')", "from fishlib.notebook import _publish\n"
-                     "_publish({'text/plain': 'now'}, {'fishlib': {'provenance': {'seed': 1}}})", "print('x' * 300_000)")
+                     "_publish({'text/plain': 'now'}, {'fishlib': {'provenance': {'seed': 1}}})", "print('x' * 500_000)")
     first = CliRunner().invoke(main, ["refresh", str(source)])
     assert first.exit_code == 0, first.output
     text = source.read_text(encoding="utf-8")
