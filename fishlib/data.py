@@ -447,7 +447,7 @@ class ImageData(L.LightningDataModule):
         """
         images, labels = self._of(split)
         if batch_size is None:
-            # The maps of a layer should stay in a CPU's caches: ResNet-20 takes a third of the time for 128 images at a time.
+            # The maps of a layer should stay in a CPU's caches: for ResNet-20 128 images at a time are faster than 1,024.
             batch_size = max(128, 2**18 // math.prod(images.shape[1:])) if images.device.type == "cpu" else 1024
         shuffle = split == "train" if shuffle is None else shuffle
         return Batches(images, labels, self.mean.to(images.device), self.std.to(images.device),

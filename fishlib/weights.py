@@ -387,7 +387,8 @@ def without_dead_ends(net: nn.Module, shape: tuple[int, int, int]) -> nn.Module:
     return net
 
 
-MEANS = {F.max_pool1d: F.avg_pool1d, F.max_pool2d: F.avg_pool2d, F.max_pool3d: F.avg_pool3d}
+MEANS = {maximum: getattr(F, f"{adaptive}avg_pool{n}d") for n in (1, 2, 3) for adaptive in ("", "adaptive_")
+         for maximum in (getattr(F, f"{adaptive}max_pool{n}d"), getattr(torch, f"{adaptive}max_pool{n}d", None)) if maximum}
 
 
 class _MeanPooling(TorchFunctionMode):
@@ -395,7 +396,7 @@ class _MeanPooling(TorchFunctionMode):
 
     def __torch_function__(self, func: Callable, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         kwargs = dict(kwargs or {})
-        if func in MEANS and kwargs.get("dilation", 1) == 1:
+        if func in MEANS and len(args) <= 4 and kwargs.get("dilation", 1) == 1:
             func, given = MEANS[func], kwargs
             kwargs = {name: given[name] for name in ("stride", "padding", "ceil_mode") if name in given}
         return func(*args, **kwargs)

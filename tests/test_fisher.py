@@ -683,3 +683,15 @@ def test_layers_that_vmap_gets_wrong_only_for_several_images_go_through_the_loop
     found = fisher.diagonal(net, [(images, labels)], kind=kind)
     for name, expected in loop_diagonal(net, images, labels, kind).items():
         assert torch.allclose(found[name], expected)
+
+
+def test_factors_of_kfac_have_the_precision_of_the_weights_under_bfloat16():
+    torch.manual_seed(0)
+    net, images = nn.Sequential(nn.Linear(6, 3)).train(), torch.randn(20, 6)
+    optimizer = fisher.NaturalGradient(net, every=1)
+    with torch.autocast("cpu", torch.bfloat16):
+        loss = F.cross_entropy(net(images), torch.randint(3, (20,)))
+    loss.backward()
+    optimizer.step()
+    block, = optimizer.blocks.values()
+    assert {block.a.dtype, block.s.dtype} == {torch.float32}

@@ -38,7 +38,8 @@ def test_values_are_taken_in_the_type_of_the_default(name, value, expected):
 
 @pytest.mark.parametrize(("name", "value", "message"), [
     ("epochs", 0, "epochs=0 is not valid: epochs is int from 1 to 1000"), ("epochs", 2.5, "int from"),
-    ("epochs", True, "int from"), ("epochs", "many", "int from"), ("strength", "x", "float from 0 to 10"),
+    ("epochs", True, "int from"), ("epochs", "many", "int from"), ("epochs", "5k", "int from"),
+    ("strength", "x", "float from 0 to 10"),
     ("dataset", "nmist", "one of digits, mnist, a folder"), ("verbose", 1, "verbose is bool")])
 def test_wrong_values_are_refused_with_the_valid_ones(name, value, message):
     with pytest.raises(ValueError, match=message):

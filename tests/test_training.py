@@ -207,3 +207,10 @@ def test_training_prints_nothing(small, net, capfd, recwarn):
     assert captured.out == ""
     assert captured.err == ""
     assert not recwarn.list
+
+
+def test_a_checkpoint_of_another_optimizer_is_refused(small, net, tmp_path):
+    fit(net, small, epochs=1, optimizer=lambda one: torch.optim.SGD(one.parameters(), 0.1), checkpoint=tmp_path / "run")
+    with pytest.raises(ValueError, match="momentum"):
+        fit(net, small, epochs=1, optimizer=lambda one: torch.optim.SGD(one.parameters(), 0.1, momentum=0.9),
+            checkpoint=tmp_path / "run")

@@ -313,13 +313,16 @@ def test_rewinding_starts_every_round_from_the_early_weights(net, data):
         0, 0.5, 0.75]
 
 
-def test_dead_ends_behind_max_pooling_and_padding_change_nothing():
-    torch.manual_seed(0)
-    net = nn.Sequential(nn.Conv2d(1, 8, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2), nn.Conv2d(8, 8, 3, padding=1), nn.ReLU(),
-                        nn.MaxPool2d(2), nn.Flatten(), nn.Linear(32, 10)).double()
-    net = weights.prune(net, weights.score(net, [], "magnitude"), 0.7)
-    images = torch.randn(50, 1, 8, 8, dtype=torch.float64)
-    assert torch.equal(weights.without_dead_ends(net, (1, 8, 8))(images), net(images))
+@pytest.mark.parametrize("pool", [nn.MaxPool2d(2), nn.AdaptiveMaxPool2d(1)])
+def test_weights_behind_which_another_maximum_hides_are_no_dead_ends(pool):
+    net = nn.Sequential(nn.Conv2d(1, 2, 3, padding=1, bias=False), nn.Conv2d(2, 1, 1, bias=False), nn.ReLU(), pool,
+                        nn.Flatten(), nn.Linear(1, 2)).double()
+    with torch.no_grad():
+        net[0].weight.zero_()
+        net[0].weight[0, 0, 0, 0] = net[0].weight[1, 0, 2, 2] = 1  # each alone reaches one corner of the map
+        net[1].weight.fill_(1)
+    images = torch.rand(5, 1, 2, 2, dtype=torch.float64)
+    assert torch.equal(weights.without_dead_ends(net, (1, 2, 2))(images), net(images))
 
 
 @pytest.mark.parametrize("by", ["taylor", "hessian", "fisher", "woodfisher"])
