@@ -21,7 +21,7 @@ def complaints(file: Path) -> list[str]:
 
     Outputs stay in the repository, for readers see them and tests compare with them, but not their by-products: errors, logs
     and progress bars on standard error, metadata of an execution, outputs and files that are too large, and what a cell tagged
-    `nbval-ignore-output` measured. A figure with a caption has its picture.
+    `nbval-ignore-output` measured. A figure with a caption has its picture, and a cell with outputs has run as it stands.
     """
     notebook = chapters.read(file)
     found = [f"the notebook's metadata hold {name!r}" for name in sorted(set(notebook.metadata) - LASTING)]
@@ -30,6 +30,8 @@ def complaints(file: Path) -> list[str]:
     for number, cell in enumerate(notebook.cells, 1):
         found += [f"cell {number} has metadata of an execution, {name!r}" for name in VOLATILE if name in cell.metadata]
         found += [f"cell {number} {fault}" for output in cell.get("outputs", []) for fault in _faults(cell, output)]
+        if cell.get("outputs") and cell.execution_count is None:
+            found.append(f"cell {number} stores outputs without a run number: it was edited after it ran")
         if _lacks_figure(cell):
             found.append(f"cell {number} has the caption of a figure and stores no picture")
     return found

@@ -54,6 +54,15 @@ def test_a_captioned_figure_without_its_picture_is_named(chapter):
     assert check.complaints(source) == [f"cell {len(notebook.cells)} has the caption of a figure and stores no picture"]
 
 
+def test_outputs_of_a_cell_that_did_not_run_are_named(chapter):
+    source = chapter("print(1)")
+    notebook = nbformat.read(source, 4)
+    notebook.cells[-1].outputs = [new_output("stream", name="stdout", text="1\n")]
+    notebook.cells[-1].execution_count = None
+    nbformat.write(notebook, source)
+    assert check.complaints(source) == [f"cell {len(notebook.cells)} stores outputs without a run number: it was edited after it ran"]
+
+
 def test_clean_notebooks_pass_in_silence(chapter, capsys):
     assert check.main([str(chapter("print(1)"))]) == 0
     assert capsys.readouterr().out == ""
