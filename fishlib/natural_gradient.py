@@ -252,9 +252,9 @@ class NaturalGradient(torch.optim.Optimizer):
         weakref.finalize(self, _remove, self._handles)
 
     def _hook(self, net: nn.Module) -> list:
-        handles = [net.register_forward_pre_hook(_Hook(self, "_begin")), net.register_forward_hook(_Hook(self, "_end"))]
+        handles = [net.register_forward_pre_hook(_Hook(self, "_begin"))]
         handles += [m.register_forward_hook(_Hook(self, "_note")) for m in net.modules() if _has_block(m)]
-        return handles
+        return [*handles, net.register_forward_hook(_Hook(self, "_end"))]  # last, for the network may be a single layer
 
     def remove(self) -> None:
         """Take the hooks off the network; the factors are updated no more."""

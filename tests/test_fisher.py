@@ -607,6 +607,16 @@ def test_natural_gradient_trains_convolutions_with_batchnorm_and_shared_layers()
     assert id(shared.weight) in optimizer.squares
 
 
+def test_a_network_that_is_a_single_layer_gets_its_block():
+    images, labels, _ = badly_scaled()
+    net = nn.Linear(12, 3)
+    optimizer = fisher.NaturalGradient(net)
+    train(net, images, labels, optimizer, 1)
+    (block,) = optimizer.blocks.values()
+    rows = torch.cat([images, torch.ones(len(images), 1)], 1)
+    assert torch.allclose(block.a, rows.T @ rows / len(images), atol=1e-5)
+
+
 def test_hooks_of_the_optimizer_are_empty_in_copies_and_vanish_with_it():
     images, labels, net = badly_scaled()
     optimizer = fisher.NaturalGradient(net)

@@ -139,8 +139,8 @@ def summary(table: pd.DataFrame) -> pd.DataFrame:
 
     names = table.attrs["parameters"]
     keys = ["chapter", *(name for name in names if name != "seed")]
-    records = [name for name in table.select_dtypes(["number", "bool"]).columns
-               if name not in names and not name.startswith("provenance.")]
+    records = [name for name in table.columns if name not in [*names, "chapter", "identity", "file"]
+               and not name.startswith("provenance.") and _counts(table[name])]
     if not records:
         return pd.DataFrame(columns=[*keys, "record", "mean", "std", "low", "high", "n"])
     # As text, so that lists, too, can be grouped; the values themselves come back from each group's first row.
@@ -156,6 +156,13 @@ def summary(table: pd.DataFrame) -> pd.DataFrame:
                 rows.append(dict(group[keys].iloc[0]) | {"record": record, "mean": mean, "std": std,
                                                          "low": mean - half, "high": mean + half, "n": n})
     return pd.DataFrame(rows)
+
+
+def _counts(column: pd.Series) -> bool:
+    """Whether a mean can be taken; a column of yes and no that some runs lack is one of objects."""
+    from pandas.api.types import is_numeric_dtype
+
+    return is_numeric_dtype(column) or column.dropna().map(lambda value: isinstance(value, bool)).all()
 
 
 def readable(table: pd.DataFrame, parameters: Sequence[str]) -> Iterator[tuple[str, pd.DataFrame]]:

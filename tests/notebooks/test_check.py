@@ -60,7 +60,8 @@ def test_outputs_of_a_cell_that_did_not_run_are_named(chapter):
     notebook.cells[-1].outputs = [new_output("stream", name="stdout", text="1\n")]
     notebook.cells[-1].execution_count = None
     nbformat.write(notebook, source)
-    assert check.complaints(source) == [f"cell {len(notebook.cells)} stores outputs without a run number: it was edited after it ran"]
+    assert check.complaints(source) == [f"cell {len(notebook.cells)} stores outputs without a run number: it was "
+                                        "edited after it ran"]
 
 
 def test_clean_notebooks_pass_in_silence(chapter, capsys):

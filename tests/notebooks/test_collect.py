@@ -156,6 +156,15 @@ def test_the_summary_of_known_numbers(folders):
     assert math.isnan(one["low"])
 
 
+def test_the_summary_counts_yes_and_no_beside_chapters_that_lack_the_record(folders):
+    for seed, met in enumerate((True, False)):
+        leave(folders[0], {"met": met, "note": "x"}, seed=seed)
+    leave(folders[0], {"value": 1.0}, chapter="11_other", seed=0)
+    summary = collect.summary(collect.results()).set_index("record")
+    assert set(summary.index) == {"met", "value"}
+    assert (summary["mean"]["met"], summary["n"]["met"]) == (0.5, 2)
+
+
 @given(st.dictionaries(st.tuples(st.integers(0, 5), st.sampled_from(["a", "b", None])), st.floats(-1e3, 1e3), min_size=1))
 @settings(deadline=None, max_examples=30)
 def test_the_summary_agrees_with_a_loop_over_rows(values):
