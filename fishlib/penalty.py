@@ -268,7 +268,7 @@ def _takes_batch_statistics(input: Tensor, running_mean: Tensor | None, running_
 
 
 def fisher_trace(net: nn.Module, images: Tensor, threat: str | Threat = "isotropic", biases: bool = True,
-                 generator: torch.Generator | None = None) -> dict[str, Tensor]:
+                 generator: torch.Generator | None = None, held: bool = False) -> dict[str, Tensor]:
     """tr(F S) of each parameter, in nats: a mean over images, one draw of random signs, differentiable.
 
     The scores of an image are J^T (p - y) with the Jacobian J of its logits and labels y drawn from the model, whose
@@ -287,16 +287,18 @@ def fisher_trace(net: nn.Module, images: Tensor, threat: str | Threat = "isotrop
     threat : name out of `THREATS`, or a function from a weight tensor to the variances S of its change
     biases : whether tensors of one dimension change too
     generator : of the signs; by default torch's global one
+    held : take C as given, so that the gradient is that through J and S alone; the value is the same
 
     Returns
     -------
     Name of each parameter -> scalar. The sum is tr(F S), half of it the expected divergence for small S.
     """
-    return {name: trace / len(images) for name, trace in _summed_traces(net, images, threat, biases, generator).items()}
+    traces = _summed_traces(net, images, threat, biases, generator, held)
+    return {name: trace / len(images) for name, trace in traces.items()}
 
 
 def _summed_traces(net: nn.Module, images: Tensor, threat: str | Threat, biases: bool,
-                   generator: torch.Generator | None = None) -> dict[str, Tensor]:
+                   generator: torch.Generator | None = None, held: bool = False) -> dict[str, Tensor]:
     """`fisher_trace`, summed over images instead of the mean."""
     threat, parameters = _threat(threat), _trained(net, biases)
     with _LinearCalls(parameters) as seen:
@@ -307,7 +309,8 @@ def _summed_traces(net: nn.Module, images: Tensor, threat: str | Threat, biases:
     done = {name for _, _, names in closed for name in names}
     rest = [name for name in parameters if name not in done]
     wanted = [z for _, z, _ in closed] + [parameters[name] for name in rest]
-    gradients = _gradients(logits, wanted, grad_outputs=_residuals(logits, generator), create_graph=True)
+    residuals = _residuals(logits.detach() if held else logits, generator)
+    gradients = _gradients(logits, wanted, grad_outputs=residuals, create_graph=True)
     traces = {}
     for (a, _, names), g in zip(closed, gradients, strict=False):
         traces |= _closed_form(_full(a), _full(g), {name: parameters[name] for name in names}, threat)
@@ -339,7 +342,9 @@ class FisherTrace(Penalty):
     """strength x tr(F S): twice the expected divergence under the threat's change of weights at unit size.
 
     F is the Fisher information, a mean over images, and S the covariance of the change; both are differentiated, and value
-    and gradient are unbiased (see `fisher_trace`). With ``strength = eta ** 2 / 2`` and ``range_noise`` the term
+    and gradient are unbiased (see `fisher_trace`). There are two ways to a small F: outputs that move little with the weights,
+    and predictions so sure that moving them changes nothing. The second needs ever larger outputs, and a training can run
+    away on it; `held` closes it. With ``strength = eta ** 2 / 2`` and ``range_noise`` the term
     is the expected divergence under noise of eta times each tensor's range. Threats add up:
     ``lambda w: range_noise(w) + 0.3 * relative_noise(w)``.
 
@@ -350,16 +355,18 @@ class FisherTrace(Penalty):
     share : of the batch that the estimate uses. It is unbiased on any; the noise, which averages out over the steps, grows as
         the share falls, and the cost falls. `benchmarks/penalty.py` measures both
     biases : whether tensors of one dimension are under the threat
+    held : differentiate with the confidence of the predictions held as it is, through how outputs move with the weights alone
     """
 
     def __init__(self, strength: float, threat: str | Threat = "range_noise", share: float = 0.25, biases: bool = True,
-                 every: int = 1, warmup: float = 0.0):
+                 every: int = 1, warmup: float = 0.0, held: bool = False):
         super().__init__(strength, every, warmup)
-        self.threat, self.share, self.biases = _threat(threat), _checked_share(share), biases
+        self.threat, self.share, self.biases, self.held = _threat(threat), _checked_share(share), biases, held
 
     def term(self, net: nn.Module, images: Tensor, labels: Tensor, logits: Tensor) -> Tensor:
         images = _subset(self.share, images)
-        return torch.stack(list(_summed_traces(net, images, self.threat, self.biases).values())).sum() / len(images)
+        traces = _summed_traces(net, images, self.threat, self.biases, held=self.held)
+        return torch.stack(list(traces.values())).sum() / len(images)
 
 
 def _checked_share(share: float) -> float:
@@ -646,6 +653,7 @@ NAMES: dict[str, Callable[[float], Penalty | None]] = {
     "distillation": Distillation,
     "kl_noise": KLNoise,
     "fisher_trace": FisherTrace,
+    "fisher_held": partial(FisherTrace, held=True),
     "fisher_relative": partial(FisherTrace, threat="relative_noise"),
     "fisher_sum": partial(FisherTrace, threat="range_and_relative"),
     "fisher_isotropic": partial(FisherTrace, threat="isotropic"),

@@ -143,6 +143,39 @@ def test_the_gradient_of_the_trace_is_unbiased_within_four_standard_errors(name,
         assert (along.mean() - expected @ direction).abs() < 4 * along.std() / len(along) ** 0.5
 
 
+def test_with_held_confidence_the_value_stays_and_the_gradient_is_that_through_the_scores_alone():
+    net, (images, _) = networks()["mlp"].double(), batch()
+
+    def draw(held):
+        generator = torch.Generator().manual_seed(3)
+        return sum(penalty.fisher_trace(net, images, "range_noise", generator=generator, held=held).values())
+
+    torch.testing.assert_close(draw(True), draw(False))
+    expected = 0.0
+    for image, r in zip(images, signed_residuals(net, images, 3).detach(), strict=True):
+        score = torch.autograd.grad(net(image[None]), list(net.parameters()), r[None], create_graph=True)
+        expected = expected + sum((penalty.range_noise(p) * g.square()).sum()
+                                  for p, g in zip(net.parameters(), score, strict=True)) / len(images)
+    theirs = torch.autograd.grad(expected, list(net.parameters()))
+    for a, b in zip(torch.autograd.grad(draw(True), list(net.parameters())), theirs, strict=True):
+        torch.testing.assert_close(a, b)
+    assert not torch.allclose(torch.autograd.grad(draw(False), net[1].weight)[0], theirs[0])
+
+
+def test_the_penalty_with_held_confidence_takes_that_gradient():
+    net, (images, labels) = networks()["mlp"].double(), batch()
+
+    def gradient(chosen):
+        torch.manual_seed(4)
+        return torch.autograd.grad(chosen(net, images, labels, net(images)), net[1].weight)[0]
+
+    torch.manual_seed(4)
+    traces = penalty.fisher_trace(net, images, "range_noise", held=True)
+    torch.testing.assert_close(gradient(penalty.FisherTrace(0.1, share=1.0, held=True)),
+                               torch.autograd.grad(0.1 * sum(traces.values()), net[1].weight)[0])
+    torch.testing.assert_close(gradient(penalty.named("fisher_held", 0.1)), gradient(penalty.FisherTrace(0.1, held=True)))
+
+
 def test_frozen_and_one_dimensional_tensors_are_left_out_on_request():
     net, (images, _) = networks()["mlp"].double(), batch()
     net[1].weight.requires_grad_(False)
