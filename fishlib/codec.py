@@ -9,6 +9,7 @@ the weights back, `size` tells what each part of the file costs.
 from __future__ import annotations
 
 import hashlib
+import operator
 import os
 import struct
 import zlib
@@ -79,9 +80,19 @@ def cluster(weight: Tensor, levels: int, importance: Tensor | None = None) -> tu
 
 
 def _checked_bits(bits: int, low: int) -> int:
-    if not low <= bits <= 16:
-        raise ValueError(f"bits={bits}: this quantiser takes {low} to 16 bits")
-    return int(bits)
+    whole = bits if type(bits) is int else _whole(bits)
+    if whole is None or not low <= whole <= 16:
+        given = repr(bits) if whole is None else whole
+        raise ValueError(f"bits={given}: this quantiser takes a whole number from {low} to 16 bits")
+    return whole
+
+
+def _whole(number: Any) -> int | None:
+    """A number of any integer type as an int; None for anything else, also for what is rounded to one, and for yes and no."""
+    try:
+        return None if isinstance(number, bool | np.bool_) else operator.index(number)
+    except TypeError:
+        return None
 
 
 QUANTIZERS: dict[str, Callable[..., Tensor]] = {"uniform": uniform, "fixed_point": fixed_point, "kmeans": kmeans}
@@ -96,18 +107,31 @@ def quantize(net: nn.Module, bits: int | Mapping[str, int], by: str = "kmeans",
     bits : of every layer's weights, or by name of the weight, as from `allocate`
     by : "uniform", "fixed_point" or "kmeans"
     importance : by name of the weight, for "kmeans": the Fisher diagonal makes it Fisher-weighted
+
+    Raises
+    ------
+    ValueError
+        an unknown quantiser, bits that it does not take, or names that lack a weight
     """
     if by not in QUANTIZERS:
         raise ValueError(f"unknown quantiser {by!r}: use one of {', '.join(QUANTIZERS)}")
     if importance is not None and by != "kmeans":
         raise ValueError(f"by={by!r} has no use for importance: use by='kmeans'")
     net = plain(net)
+    by_name = isinstance(bits, Mapping | pd.Series)
+    _refuse_missing("bits", bits if by_name else None, prunable(net))
+    _refuse_missing("importance", importance, prunable(net))
     for name, layer in prunable(net).items():
         options = {} if importance is None else {"importance": importance[name]}
-        chosen = bits if isinstance(bits, int) else bits[name]
+        chosen = bits[name] if by_name else bits
         with torch.no_grad():
             layer.weight.copy_(QUANTIZERS[by](layer.weight, chosen, **options))
     return net
+
+
+def _refuse_missing(what: str, values: Mapping[str, Any] | None, wanted: Mapping[str, Any]) -> None:
+    if values is not None and (missing := [name for name in wanted if name not in values]):
+        raise ValueError(f"{what} lacks {', '.join(missing)}: give every linear and convolutional weight by its name")
 
 
 # -- bits by information ----------------------------------------------------------------------------------------------
@@ -378,7 +402,14 @@ def compress(net: nn.Module, path: str | Path) -> pd.Series:
     Parameters
     ----------
     net : a network; everything in its ``state_dict`` is stored, under no name: `load` needs the same architecture
+
+    Raises
+    ------
+    FileNotFoundError
+        there is no folder of that name
     """
+    if not Path(path).parent.is_dir():
+        raise FileNotFoundError(f"{path}: there is no folder {Path(path).parent}: make it first")
     sections = {name: bytearray() for name in SECTIONS}
     coders = {name: _encoder() for name in ("positions", "values", "biases")}
     tensors, modules = _tensors(plain(net)), dict(net.named_modules())

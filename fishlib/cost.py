@@ -10,7 +10,8 @@ from __future__ import annotations
 import copy
 import time
 from collections import Counter, defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from math import prod
 from typing import Any
@@ -18,6 +19,7 @@ from typing import Any
 import pandas as pd
 import torch
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.module_tracker import ModuleTracker
 
@@ -159,11 +161,23 @@ def count(net: nn.Module, shape: Sequence[int], bits: int = 32) -> Cost:
     net = copy.deepcopy(net).eval()
     parameter = next(net.parameters(), torch.empty(0))
     image = torch.zeros(1, *shape, device=parameter.device, dtype=parameter.dtype)
-    with torch.no_grad(), ModuleTracker() as tracker, _Counter(tracker) as counter:
+    with torch.no_grad(), _unfused_attention(), ModuleTracker() as tracker, _Counter(tracker) as counter:
         net(image)
     layers = _layers(net, counter.rows)
     total = layers[list(WORK)].sum()
     return Cost(sum(p.numel() for p in net.parameters()), *(int(v) for v in total), layers=layers, bits=bits)
+
+
+@contextmanager
+def _unfused_attention() -> Iterator[None]:
+    """Attention as matrix products, which are counted; a fused kernel hides them."""
+    before = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        with sdpa_kernel(SDPBackend.MATH):
+            yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(before)
 
 
 def _layers(net: nn.Module, rows: dict[str, dict[str, int]]) -> pd.DataFrame:

@@ -16,6 +16,7 @@ import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytorch_lightning as L
@@ -64,12 +65,14 @@ def load_arrays(name: str) -> dict[str, np.ndarray]:
 
     Images are (N, H, W) or (N, H, W, C), as in torchvision. ``digits`` is bundled with scikit-learn; ``mnist``, ``cifar10``,
     ``cifar100`` and ``svhn`` are looked for on disk and else downloaded once; any other name is a folder of images with
-    one folder a class, optionally below ``train`` and ``test``.
+    one folder a class, optionally below ``train`` and ``test``. Folders and files whose name begins with a dot are passed
+    over; of 16-bit grey images the upper 8 bits are taken.
 
     Raises
     ------
     ValueError
-        unknown name; a damaged, incomplete or altered file; images of several sizes
+        unknown name; a damaged, incomplete or altered file; images of several sizes, or of other numbers than 8 or 16
+        bits; a folder with one class only, or with too few images to set a fifth of each class apart for testing
     FileNotFoundError
         a folder without class folders, or a class folder without images
     ConnectionError
@@ -188,7 +191,8 @@ def from_torchvision(name: str, root: Path, download: bool = False) -> dict[str,
 def _folder(root: Path) -> dict[str, np.ndarray]:
     if not (root / "train").is_dir():
         images, labels, classes = _class_folders(root)
-        return _with_test_split(images, labels, classes)
+        _refuse_one_class(root, classes)
+        return _folder_with_test_split(root, images, labels, classes)
     arrays: dict[str, np.ndarray] = {}
     for split in ("train", "test"):
         images, labels, classes = _class_folders(root / split)
@@ -196,29 +200,76 @@ def _folder(root: Path) -> dict[str, np.ndarray]:
             raise FileNotFoundError(f"{root / split} has the class folders {', '.join(classes)}, but {root / 'train'} "
                                     f"has {', '.join(arrays['classes'])}: both need the same")
         arrays |= {f"{split}_images": images, f"{split}_labels": labels}
+    _refuse_one_class(root / "train", arrays["classes"])
     return arrays
+
+
+def _refuse_one_class(root: Path, classes: np.ndarray) -> None:
+    if len(classes) == 1:
+        raise ValueError(f"{root} has one class only ({classes[0]}): two folders or more are needed, one a class")
+
+
+def _folder_with_test_split(root: Path, images: np.ndarray, labels: np.ndarray, classes: np.ndarray) -> dict[str, np.ndarray]:
+    try:
+        return _with_test_split(images, labels, classes)
+    except ValueError as error:
+        counts = np.bincount(labels, minlength=len(classes))
+        few = [f"{name} {count}" for name, count in zip(classes, counts, strict=True) if count < 5]
+        raise ValueError(f"{root}: a fifth of each class cannot be set apart for testing (images: {', '.join(few[:10])}"
+                         f"{', ...' if len(few) > 10 else ''}): have five images or more a class, or put class folders below "
+                         "train and test") from error
 
 
 def _class_folders(root: Path) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     from PIL import Image, UnidentifiedImageError
-    from torchvision.datasets import ImageFolder
 
     try:
-        listing = ImageFolder(str(root))
+        listing = _listing(root)
     except FileNotFoundError as error:
         raise FileNotFoundError(f"{root} has to hold one folder a class with images in each: {error}") from error
     mode, arrays = None, []
     for path, _ in listing.samples:
         try:
             with Image.open(path) as image:
-                mode = mode or ("L" if image.mode in ("1", "L", "I;16") else "RGB")
-                arrays.append(np.asarray(image.convert(mode)))
+                mode = mode or ("L" if image.mode in ("1", "L") or image.mode.startswith("I;16") else "RGB")
+                arrays.append(np.asarray(_of_8_bits(image, path).convert(mode)))
         except (UnidentifiedImageError, OSError) as error:
             raise ValueError(f"{path} is not a readable image ({error}): replace or remove it") from error
         if arrays[-1].shape != arrays[0].shape:
             raise ValueError(f"{path} is {arrays[-1].shape[:2]} pixels (height, width), but {listing.samples[0][0]} is "
                              f"{arrays[0].shape[:2]}: bring all images to one size")
     return np.stack(arrays), np.array(listing.targets), np.array(listing.classes)
+
+
+def _listing(root: Path) -> Any:
+    """torchvision's list of the images below `root`, without what programs leave there under names that begin with a dot."""
+    from torchvision.datasets import ImageFolder
+    from torchvision.datasets.folder import IMG_EXTENSIONS, find_classes
+
+    class Listing(ImageFolder):
+        def find_classes(self, directory: str) -> tuple[list[str], dict[str, int]]:
+            classes = [name for name in find_classes(directory)[0] if not name.startswith(".")]
+            if not classes:
+                raise FileNotFoundError(f"Couldn't find any class folder in {directory}.")
+            return classes, {name: number for number, name in enumerate(classes)}
+
+    def shown(path: str) -> bool:
+        inside = Path(path).relative_to(root).parts
+        return path.lower().endswith(IMG_EXTENSIONS) and not any(part.startswith(".") for part in inside)
+
+    return Listing(str(root), is_valid_file=shown)
+
+
+def _of_8_bits(image: Any, path: str) -> Any:
+    """The image, a 16-bit grey one as the upper 8 bits: Pillow would clip it at 255, so that nearly all of it is white."""
+    from PIL import Image
+
+    if image.mode.startswith("I;16"):
+        return Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+    if image.mode in ("I", "F"):
+        kind = "32-bit integers" if image.mode == "I" else "floating-point numbers"
+        raise ValueError(f"{path} holds {kind}, whose black and white nobody has said: save it with 8 or 16 bits, as PNG")
+    return image
 
 
 def _stratified(labels: np.ndarray, test_size: float | int, seed: int) -> tuple[np.ndarray, np.ndarray]:
@@ -360,7 +411,7 @@ class ImageData(L.LightningDataModule):
     limit : stratified subset of so many training images (validation included); None takes all
     test_limit : the same for the test images, whatever the seed
     seed : of the validation split, the subset and the batches; the test split never depends on it
-    augment : names out of `AUGMENTATIONS`; None takes the data set's usual ones (crop and flip for CIFAR)
+    augment : names out of `AUGMENTATIONS`, or one of them; None takes the data set's usual ones (crop and flip for CIFAR)
     device : "auto" takes the GPU where there is one
 
     Attributes
@@ -378,7 +429,7 @@ class ImageData(L.LightningDataModule):
     """
 
     def __init__(self, name: str = "digits", batch_size: int = 128, validation: float = 0.1, limit: int | None = None,
-                 test_limit: int | None = None, seed: int = 0, augment: tuple[str, ...] | None = None,
+                 test_limit: int | None = None, seed: int = 0, augment: str | tuple[str, ...] | None = None,
                  device: str | torch.device = "auto"):
         super().__init__()
         if batch_size < 1:
@@ -386,7 +437,8 @@ class ImageData(L.LightningDataModule):
         if not 0 < validation < 1:
             raise ValueError(f"validation={validation}: use a share between 0 and 1, such as 0.1")
         self.name, self.batch_size, self.seed = str(name), batch_size, seed
-        self.augment = tuple(DEFAULT_AUGMENTATION.get(self.name, ()) if augment is None else augment)
+        augment = DEFAULT_AUGMENTATION.get(self.name, ()) if augment is None else augment
+        self.augment = (augment,) if isinstance(augment, str) else tuple(augment)
         if unknown := set(self.augment) - set(AUGMENTATIONS):
             raise ValueError(f"unknown augmentation {', '.join(sorted(unknown))}: use {', '.join(AUGMENTATIONS)}")
         self.device = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device)

@@ -23,9 +23,20 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 from torch.autograd import forward_ad
-from torch.func import functional_call
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from fishlib.per_sample import Checks, Recorder, asking, logits, record, reduced, sample_by_sample, slices
+from fishlib.per_sample import (
+    Checks,
+    Recorder,
+    asking,
+    checkpoints_refused,
+    logits,
+    outputs_at,
+    record,
+    reduced,
+    sample_by_sample,
+    slices,
+)
 
 KINDS = ("exact", "sampled", "empirical")
 NOT_FINITE = "the network's outputs hold NaN or infinite values: look at its weights and at the images"
@@ -166,9 +177,9 @@ def _kind(kind: str, samples: int, generator: torch.Generator | None, likelihood
     return _Kind(kind, samples, fresh_generator() if generator is None and kind == "sampled" else generator, likelihood)
 
 
-def fresh_generator() -> torch.Generator:
+def fresh_generator(device: torch.device | str = "cpu") -> torch.Generator:
     """Seeded from entropy, so that the global random state is neither used nor changed."""
-    generator = torch.Generator()
+    generator = torch.Generator(device)
     generator.seed()
     return generator
 
@@ -320,7 +331,8 @@ def diagonal(net: nn.Module, batches: Batches, kind: str = "exact", samples: int
     Raises
     ------
     ValueError
-        BatchNorm or Dropout in training mode, outputs that are NaN or no logits, labels out of range, no images
+        BatchNorm or Dropout in training mode, outputs that are NaN or no logits, labels out of range, no images, gradient
+        checkpointing inside the network
 
     Examples
     --------
@@ -482,8 +494,8 @@ def _linearised(net: nn.Module, images: Tensor, wanted: dict[str, Tensor],
     direction = {name: direction[name].detach().to(p.dtype) for name, p in wanted.items()}
 
     def outputs_of(inputs: dict[str, Tensor]) -> Tensor:
-        with Checks(net):
-            return logits(functional_call(net, inputs, (images,)), len(images))
+        with checkpoints_refused(), Checks(net):
+            return logits(outputs_at(net, inputs, images), len(images))
 
     with torch.enable_grad():
         try:
@@ -492,7 +504,8 @@ def _linearised(net: nn.Module, images: Tensor, wanted: dict[str, Tensor],
                 outputs, tangent = forward_ad.unpack_dual(outputs_of(duals))
                 tangent = torch.zeros_like(outputs) if tangent is None else tangent
         except (RuntimeError, NotImplementedError):  # an operation without forward mode
-            outputs = outputs_of(values)
+            with sdpa_kernel(SDPBackend.MATH):  # the fused kernels of attention cannot be differentiated twice
+                outputs = outputs_of(values)
             tangent = _twice_backward(outputs, list(values.values()), list(direction.values()))
     return outputs, tangent.detach(), values
 

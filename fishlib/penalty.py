@@ -21,10 +21,10 @@ from typing import Any
 import pytorch_lightning as L
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
+from .per_sample import checkpoints_refused, outputs_at
 from .tampering import quantized
 from .training import digest, evaluation_mode
 
@@ -202,7 +202,10 @@ def _short(value: Any) -> str:
 def forward(net: nn.Module, images: Tensor, parameters: dict[str, Tensor] | None = None) -> Tensor:
     """Outputs of `net` in its own mode, with other `parameters` where given; BatchNorm's running statistics stay."""
     buffers = {name: buffer.clone() for name, buffer in net.named_buffers()}
-    return functional_call(net, buffers | (parameters or {}), (images,))
+    if parameters is None:
+        return outputs_at(net, buffers, images)
+    with checkpoints_refused():
+        return outputs_at(net, buffers | parameters, images)
 
 
 def _trained(net: nn.Module, biases: bool) -> dict[str, Tensor]:
@@ -292,8 +295,16 @@ def fisher_trace(net: nn.Module, images: Tensor, threat: str | Threat = "isotrop
     Returns
     -------
     Name of each parameter -> scalar. The sum is tr(F S), half of it the expected divergence for small S.
+
+    Raises
+    ------
+    ValueError
+        no images, or no parameter of the network that requires gradients and is under the threat
     """
-    traces = _summed_traces(net, images, threat, biases, generator, held)
+    if not len(images):
+        raise ValueError("there are no images: a trace is a mean over them, give at least one")
+    with torch.enable_grad():
+        traces = _summed_traces(net, images, threat, biases, generator, held)
     return {name: trace / len(images) for name, trace in traces.items()}
 
 
@@ -301,6 +312,10 @@ def _summed_traces(net: nn.Module, images: Tensor, threat: str | Threat, biases:
                    generator: torch.Generator | None = None, held: bool = False) -> dict[str, Tensor]:
     """`fisher_trace`, summed over images instead of the mean."""
     threat, parameters = _threat(threat), _trained(net, biases)
+    if not parameters:
+        dimensions = "" if biases else " and has two dimensions or more"
+        raise ValueError(f"no parameter of the network requires gradients{dimensions}: call requires_grad_(True) on those "
+                         "under the threat" + ("" if biases else ", or use biases=True"))
     with _LinearCalls(parameters) as seen:
         logits = _full(forward(net, images))
     if any(isinstance(module, nn.SyncBatchNorm) and module.training for module in net.modules()):

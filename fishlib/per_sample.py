@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from collections import Counter, defaultdict
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +20,8 @@ from torch.overrides import TorchFunctionMode
 
 BATCHNORM = ("BatchNorm in training mode ({}): its outputs depend on the whole batch, so no sample has a gradient of its own; "
              "call net.eval() first, and keep its running statistics")
+CHECKPOINTED = ("gradient checkpointing (torch.utils.checkpoint) inside the network computes activations again in the backward "
+                "pass, when the network no longer runs as it did for this call: turn gradient checkpointing off")
 CHUNK = 1 << 20  # elements of per-sample gradients held at a time: what a cache holds runs faster than a whole batch
 
 
@@ -405,7 +407,7 @@ def record(net: nn.Module, images: Tensor, wanted: dict[str, Tensor]) -> tuple[T
     """Outputs, of which only those downstream of a wanted parameter carry a graph, and the uses of the parameters."""
     anchor = torch.zeros((), device=images.device, requires_grad=True)
     recorder = Recorder(net, wanted, len(images), anchor)
-    with _frozen(net), torch.enable_grad(), recorder:
+    with _frozen(net), torch.enable_grad(), checkpoints_refused(), recorder:
         outputs = net(images)
     return outputs, recorder
 
@@ -530,7 +532,7 @@ def _vmapped(net: nn.Module, images: Tensor, columns: Tensor, wanted: dict[str, 
     detached = {name: p.detach() for name, p in wanted.items()}
 
     def one(image: Tensor, column: Tensor) -> dict[str, Tensor]:
-        _, pull = torch.func.vjp(lambda values: functional_call(net, values, (image[None],))[0], detached)
+        _, pull = torch.func.vjp(lambda values: outputs_at(net, values, image[None])[0], detached)
         return torch.vmap(pull)(column)[0]
 
     return torch.vmap(one)(images, columns)
@@ -559,6 +561,52 @@ def asking(parameters: Iterable[Tensor]) -> Iterator[None]:
     finally:
         for p in still:
             p.requires_grad_(False)
+
+
+@contextmanager
+def checkpoints_refused() -> Iterator[None]:
+    """For forward passes under conditions that no longer hold in the backward pass, such as other weights."""
+    # Not by catching CheckpointError: where the shapes of other activations fit, gradients come out wrong without any error.
+    try:
+        with ExitStack() as stack:
+            # torch refuses inside hooks that the caller has put around this call; those are no checkpoints of the network.
+            with suppress(RuntimeError):
+                stack.enter_context(torch.autograd.graph.disable_saved_tensors_hooks(CHECKPOINTED))
+            yield
+    except RuntimeError as error:
+        if CHECKPOINTED not in str(error):
+            raise
+        raise ValueError(CHECKPOINTED) from error
+
+
+def outputs_at(net: nn.Module, values: dict[str, Tensor], images: Tensor) -> Tensor:
+    """Outputs of `net` for `images` with other `values` of its parameters and buffers, by name; the network stays as it is.
+
+    A tensor that is used in several places is replaced in all of them.
+
+    Raises
+    ------
+    ValueError
+        a name that the network does not have, or two values for one tensor
+    """
+    # A module that is registered under two names has one slot for each tensor. torch would swap it twice, and put back the
+    # new value in the end; `named_modules` has each module once.
+    slots = {f"{prefix}.{name}" if prefix else name: tensor for prefix, module in net.named_modules()
+             for name, tensor in (*module._parameters.items(), *module._buffers.items()) if tensor is not None}
+    meant: dict[int, Tensor] = {}
+    for name, value in values.items():
+        place = id(slots[name] if name in slots else _named(net, name))
+        if meant.setdefault(place, value) is not value:
+            raise ValueError(f"{name!r} is one tensor with another of the names given, and has another value there: give one")
+    swapped = {name: meant[id(tensor)] for name, tensor in slots.items() if id(tensor) in meant}
+    return functional_call(net, swapped, (images,), tie_weights=False)
+
+
+def _named(net: nn.Module, name: str) -> Tensor:
+    named = dict(net.named_parameters(remove_duplicate=False)) | dict(net.named_buffers(remove_duplicate=False))
+    if name not in named:
+        raise ValueError(f"{name!r} is no parameter and no buffer of the network: use one of {', '.join(named)}")
+    return named[name]
 
 
 def slices(length: int, size: int) -> Iterator[slice]:

@@ -19,10 +19,12 @@ import pandas as pd
 import torch
 from scipy.stats import t as student
 from torch import Tensor, nn
-from torch.func import functional_call, vmap
+from torch.func import vmap
 from torch.nn import functional as F
 
 from .data import ImageData
+from .fisher import fresh_generator
+from .per_sample import checkpoints_refused, outputs_at
 from .training import evaluation_mode
 
 Weights = dict[str, Tensor]
@@ -202,13 +204,21 @@ SMALL = 30_000
 
 def predictions(net: nn.Module, images: Tensor, draws: list[Weights]) -> Tensor:
     """Predicted classes (draws, N) under each set of weights; -1 where an output is not a number."""
-    size = sum(w.numel() for w in draws[0].values())
-    if len(draws) > 1 and size < SMALL:
-        stacked = {name: torch.stack([weights[name] for weights in draws]) for name in draws[0]}
-        logits = vmap(lambda weights: functional_call(net, weights, (images,)))(stacked)
-    else:
-        logits = torch.stack([functional_call(net, weights, (images,)) for weights in draws])
+    logits = _together(net, images, draws)
+    if logits is None:
+        logits = torch.stack([outputs_at(net, weights, images) for weights in draws])
     return torch.where(logits.isfinite().all(-1), logits.argmax(-1), -1)
+
+
+def _together(net: nn.Module, images: Tensor, draws: list[Weights]) -> Tensor | None:
+    """Outputs (draws, N, classes) of a small network; None for others and for those that vmap cannot follow."""
+    if len(draws) < 2 or sum(w.numel() for w in draws[0].values()) >= SMALL:
+        return None
+    stacked = {name: torch.stack([weights[name] for weights in draws]) for name in draws[0]}
+    try:
+        return vmap(lambda weights: outputs_at(net, weights, images))(stacked)
+    except RuntimeError:  # layers without a batching rule (nn.GRU), branches that depend on values
+        return None
 
 
 @torch.no_grad()
@@ -225,7 +235,7 @@ def reestimated(net: nn.Module, data: ImageData, weights: Weights, batches: int 
         for count, (images, _) in zip(range(1, batches + 1), data.batches("train", 512, shuffle=False), strict=False):
             for m in norms:
                 m.momentum = 1 / count
-            functional_call(net, weights | buffers, (images,))
+            outputs_at(net, weights | buffers, images)
     finally:
         for m, momentum in zip(norms, momenta, strict=True):
             m.momentum = momentum
@@ -253,8 +263,20 @@ GOALS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "loss": F.cross_entropy, "expected error": expected_error, "clipped margin": clipped_margin}
 
 
+Goal = str | Callable[[Tensor, Tensor], Tensor]
+
+
+def _goal(goal: Goal) -> Callable[[Tensor, Tensor], Tensor]:
+    if callable(goal):
+        return goal
+    if goal not in GOALS:
+        raise ValueError(f"unknown goal {goal!r}: use one of {', '.join(GOALS)}, or a function of logits and labels")
+    return GOALS[goal]
+
+
 def _value(net: nn.Module, weights: Weights, images: Tensor, labels: Tensor, goal: Callable = F.cross_entropy) -> Tensor:
-    return goal(functional_call(net, weights, (images,)), labels)
+    with checkpoints_refused():
+        return goal(outputs_at(net, weights, images), labels)
 
 
 def _slopes(net: nn.Module, weights: Weights, images: Tensor, labels: Tensor, goal: Callable) -> list[Tensor]:
@@ -269,7 +291,7 @@ def _slopes(net: nn.Module, weights: Weights, images: Tensor, labels: Tensor, go
 
 
 def flip_bits(net: nn.Module, images: Tensor, labels: Tensor, flips: int, biases: bool = False,
-              goal: Callable[[Tensor, Tensor], Tensor] = F.cross_entropy) -> list[tuple[str, int, int, Weights]]:
+              goal: Goal = F.cross_entropy) -> list[tuple[str, int, int, Weights]]:
     """The progressive bit-flip attack on 8-bit weights [Rakin et al. 2019], one flip after the other.
 
     Each round takes the gradient of the goal on the given images, ranks in every tensor the flips by their first-order
@@ -281,8 +303,8 @@ def flip_bits(net: nn.Module, images: Tensor, labels: Tensor, flips: int, biases
     flips : rounds, from 0
     biases : whether tensors of one dimension are in 8 bits and under attack too; unlike elsewhere in this module not by
         default, since fixed-point hardware keeps biases in the 32 bits of its accumulators, as the published attack does
-    goal : function of logits and labels that the attack raises: the loss, as published, or another of `GOALS`. One goal can
-        get stuck where another does not, so run several and take the worst
+    goal : what the attack raises, a name in `GOALS` or a function of logits and labels: the loss, as published, or another.
+        One goal can get stuck where another does not, so run several and take the worst
 
     Returns
     -------
@@ -292,8 +314,9 @@ def flip_bits(net: nn.Module, images: Tensor, labels: Tensor, flips: int, biases
     Raises
     ------
     ValueError
-        a negative number of flips, or a goal that is not finite
+        a negative number of flips, an unknown goal, or one that is not finite
     """
+    goal = _goal(goal)
     if flips < 0:
         raise ValueError(f"flips={flips}: use at least 0")
     with evaluation_mode(net):
@@ -344,7 +367,7 @@ def _best_flip(net: nn.Module, weights: Weights, codes: Weights, steps: Weights,
 
 
 def adversary(net: nn.Module, images: Tensor, labels: Tensor, radius: float, norm: str = "l2", steps: int = 20,
-              biases: bool = True, goal: Callable[[Tensor, Tensor], Tensor] = F.cross_entropy) -> Weights:
+              biases: bool = True, goal: Goal = F.cross_entropy) -> Weights:
     """Weights that raise the goal, found by projected gradient ascent within a budget around those of `net`.
 
     Parameters
@@ -354,13 +377,14 @@ def adversary(net: nn.Module, images: Tensor, labels: Tensor, radius: float, nor
         "linf" the change of each weight over its tensor's range
     steps : of size 2.5 radius / steps, along the gradient ("l2") or its sign ("linf")
     biases : whether tensors of one dimension change too
-    goal : function of logits and labels that the attack raises, one of `GOALS`; run several and take the worst
+    goal : what the attack raises, a name in `GOALS` or a function of logits and labels; run several and take the worst
 
     Raises
     ------
     ValueError
-        an unknown norm, a negative radius, fewer than one step, or a goal that is not finite
+        an unknown norm or goal, a negative radius, fewer than one step, or a goal that is not finite
     """
+    goal = _goal(goal)
     if norm not in ("l2", "linf"):
         raise ValueError(f"unknown norm {norm!r}: use l2 or linf")
     if not radius >= 0 or steps < 1:
@@ -442,6 +466,7 @@ def certify(net: nn.Module, images: Tensor, sigma: float, samples: int = 1000, a
     alpha : failure probability of each certificate
     scale : "range" measures every tensor's change in units of its range, "absolute" as it is
     biases : whether tensors of one dimension get noise and are covered too
+    generator : of the noise; None draws from fresh entropy. The global random state is neither used nor changed.
     chunk : draws at a time
     """
     if not sigma > 0 or not 0 < alpha < 1 or samples < 20 or chunk < 1:
@@ -449,7 +474,7 @@ def certify(net: nn.Module, images: Tensor, sigma: float, samples: int = 1000, a
                          "0 and 1, at least 20 samples and a chunk of at least 1")
     if scale not in ("range", "absolute"):
         raise ValueError(f"unknown scale {scale!r}: use range or absolute")
-    weights = trained(net, biases)
+    weights, generator = trained(net, biases), generator or fresh_generator(images.device)
     scales = {name: _range(w) if scale == "range" else torch.ones_like(w.flatten()[0]) for name, w in weights.items()}
     first = votes(net, images, weights, scales, sigma, max(10, samples // 10), generator, chunk)
     top = first.argmax(1)
@@ -464,7 +489,12 @@ def certify(net: nn.Module, images: Tensor, sigma: float, samples: int = 1000, a
 @torch.no_grad()
 def votes(net: nn.Module, images: Tensor, weights: Weights, scales: Weights, sigma: float, samples: int,
           generator: torch.Generator | None = None, chunk: int = 50) -> Tensor:
-    """How often each class is predicted under Gaussian noise of the weights; shape (N, classes)."""
+    """How often each class is predicted under Gaussian noise of the weights, by default of torch's global generator.
+
+    Returns
+    -------
+    Tensor (N, classes)
+    """
     counts = None
     with evaluation_mode(net):
         classes = net(images[:1]).shape[1]
@@ -497,6 +527,15 @@ def attack_certified(net: nn.Module, images: Tensor, certificate: Certificate, f
     vote, unless the first is beyond doubt already (alpha / 1000), and only a minority that chance explains with less than
     probability alpha counts as a violation.
 
+    Parameters
+    ----------
+    certificate : of `certify`, for these images
+    fraction : length of each attack in units of its radius
+    steps, draws : of the search
+    samples : votes after it
+    generator : of the noise; None draws from fresh entropy. The global random state is neither used nor changed.
+    chunk : images at a time
+
     Returns
     -------
     One row a certified image: image (its index), radius (certified), length (of the attack), certified (class), attacked
@@ -509,7 +548,7 @@ def attack_certified(net: nn.Module, images: Tensor, certificate: Certificate, f
         raise ValueError(f"fraction={fraction}, steps={steps}, draws={draws}, samples={samples}, chunk={chunk}: use a fraction "
                          "of at least 0 and at least 1 of the others")
     start = {name: w for name, w in trained(net).items() if name in certificate.scales}
-    rows = []
+    generator, rows = generator or fresh_generator(images.device), []
     with evaluation_mode(net):
         for part in (certificate.predictions >= 0).nonzero()[:, 0].split(chunk):
             if not len(part):
@@ -540,7 +579,7 @@ def _attack(net: nn.Module, start: Weights, images: Tensor, labels: Tensor, cert
     """Changes of the weights, in units of their scales, stacked over images; each no longer than its radius."""
     def loss(change: Weights, noise: Weights, image: Tensor, label: Tensor) -> Tensor:
         moved = {name: w + certificate.scales[name] * (change[name] + noise[name]) for name, w in start.items()}
-        return F.cross_entropy(functional_call(net, moved, (image[None],)), label[None])
+        return F.cross_entropy(outputs_at(net, moved, image[None]), label[None])
 
     def smoothed(change: Weights, noise: Weights, image: Tensor, label: Tensor) -> Tensor:
         return vmap(loss, (None, 0, None, None))(change, noise, image, label).mean()
@@ -562,7 +601,7 @@ def _votes_each(net: nn.Module, start: Weights, change: Weights, images: Tensor,
                 generator: torch.Generator | None) -> Tensor:
     """Votes (N, classes) under noise, each image at weights of its own; an output that is not a number has no vote."""
     centres = {name: w + certificate.scales[name] * change[name] for name, w in start.items()}
-    predict = vmap(lambda weights, image: functional_call(net, weights, (image[None],))[0])
+    predict = vmap(lambda weights, image: outputs_at(net, weights, image[None])[0])
     counts: Tensor | int = 0
     for _ in range(samples):
         noise = {name: certificate.sigma * certificate.scales[name] * _normal(w, generator) for name, w in start.items()}

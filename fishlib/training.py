@@ -87,6 +87,10 @@ class Classifier(L.LightningModule):
         self.history: list[dict[str, float]] = []
 
     def on_train_epoch_start(self) -> None:
+        # Here and not before: callbacks may freeze and thaw layers when the training starts.
+        if not any(parameter.requires_grad for parameter in self.net.parameters()):
+            raise ValueError("all parameters of the network are frozen: call net.requires_grad_(True), or that of the layers "
+                             "that should be trained")
         # Dropout and penalties draw from the global generators: the epoch sets them, so a resumed run draws the same.
         torch.manual_seed(self.seed * 1_000_003 + self.current_epoch)
         self.trainer.train_dataloader.set_epoch(self.current_epoch)
@@ -97,7 +101,9 @@ class Classifier(L.LightningModule):
         images, labels = batch
         if self.channels_last:
             images = images.contiguous(memory_format=torch.channels_last)
-        logits = self.run_net(images)
+        logits = self._logits(images)
+        if not index:
+            self._check_outputs(logits)
         loss = self.criterion(logits, labels)
         with torch.no_grad():
             correct = (logits.argmax(1) == labels).sum()
@@ -105,6 +111,23 @@ class Classifier(L.LightningModule):
         if hasattr(self.penalty, "objective"):
             return self.penalty.objective(self.net, images, labels, logits, self.criterion)
         return loss if self.penalty is None else loss + self.penalty(self.net, images, labels, logits)
+
+    def _logits(self, images: Tensor) -> Tensor:
+        try:
+            return self.run_net(images)
+        except RuntimeError as error:
+            # A float64 network that converts its images itself is none of a wrong type.
+            if "type" in str(error) and any(p.dtype == torch.float64 for p in self.net.parameters()):
+                raise ValueError(f"the network is float64: call .float(), the images are float32 ({error})") from error
+            raise
+
+    def _check_outputs(self, logits: Any) -> None:
+        shape, data = tuple(getattr(logits, "shape", ())), self.trainer.datamodule
+        if len(shape) != 2:
+            found = f"numbers of shape {shape}" if shape else f"a {type(logits).__name__}"
+            raise ValueError(f"the network gives {found}, it has to give logits of shape (images, {data.num_classes})")
+        if shape[1] < data.num_classes:
+            raise ValueError(f"the network has {shape[1]} outputs, {data.name} has {data.num_classes} classes: use as many")
 
     def criterion(self, logits: Tensor, labels: Tensor) -> Tensor:
         return F.cross_entropy(logits, labels, label_smoothing=self.label_smoothing)
@@ -215,8 +238,8 @@ def fit(net: nn.Module, data: ImageData, *, epochs: int = 10, optimizer: str | C
     Raises
     ------
     ValueError
-        an unknown name, fewer than one epoch, a penalty that is none, or a checkpoint of a run with other settings or of
-        another network
+        an unknown name, fewer than one epoch, a penalty that is none, a network with fewer outputs than classes, of
+        float64 or with all parameters frozen, or a checkpoint of a run with other settings or of another network
     FloatingPointError
         the loss is no longer finite
     """

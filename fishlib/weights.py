@@ -8,7 +8,7 @@ alone, `apply` attaches the decision as masks that hold through further training
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import pandas as pd
@@ -21,6 +21,7 @@ from torch.overrides import TorchFunctionMode
 
 from .data import ImageData
 from .fisher import diagonal
+from .per_sample import asking, outputs_at
 from .training import evaluation_mode
 
 PRUNABLE = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose2d)
@@ -187,10 +188,12 @@ def _fisher_weight(net: nn.Module, batches: list, kind: str = "sampled") -> Scor
 def _taylor(net: nn.Module, batches: list) -> Scores:
     weights = {name: layer.weight for name, layer in prunable(net).items()}
     total = {name: torch.zeros_like(w) for name, w in weights.items()}
-    for images, labels in batches:
-        gradients = torch.autograd.grad(F.cross_entropy(net(images), labels), list(weights.values()))
-        for name, g in zip(weights, gradients, strict=True):
-            total[name] += (g * weights[name].detach()).square() / len(batches)
+    with asking(weights.values()), torch.enable_grad():
+        for images, labels in batches:
+            gradients = torch.autograd.grad(F.cross_entropy(net(images), labels), list(weights.values()), allow_unused=True,
+                                            materialize_grads=True)
+            for name, g in zip(weights, gradients, strict=True):
+                total[name] += (g * weights[name].detach()).square() / len(batches)
     return total
 
 
@@ -198,15 +201,26 @@ def _hessian(net: nn.Module, batches: list, draws: int = 1) -> Scores:
     weights = {name: layer.weight for name, layer in prunable(net).items()}
     total = {name: torch.zeros_like(w) for name, w in weights.items()}
     count = sum(len(labels) for _, labels in batches)
-    for images, labels in batches:
-        loss = F.cross_entropy(net(images), labels, reduction="sum") / count
-        gradients = torch.autograd.grad(loss, list(weights.values()), create_graph=True)
-        for draw in range(draws):
-            signs = [torch.randint(0, 2, w.shape).to(w) * 2 - 1 for w in weights.values()]
-            products = torch.autograd.grad(gradients, list(weights.values()), signs, retain_graph=draw + 1 < draws)
-            for name, z, hz in zip(weights, signs, products, strict=True):
-                total[name] += z * hz / draws
+    with asking(weights.values()), torch.enable_grad():
+        for images, labels in batches:
+            loss = F.cross_entropy(net(images), labels, reduction="sum") / count
+            gradients = torch.autograd.grad(loss, list(weights.values()), create_graph=True, allow_unused=True,
+                                            materialize_grads=True)
+            for draw in range(draws):
+                signs = [torch.randint(0, 2, w.shape).to(w) * 2 - 1 for w in weights.values()]
+                products = _times_hessian(gradients, list(weights.values()), signs, draw + 1 < draws)
+                for name, z, hz in zip(weights, signs, products, strict=True):
+                    total[name] += z * hz / draws
     return {name: weights[name].detach().square() * h.clamp_min(0) / 2 for name, h in total.items()}
+
+
+def _times_hessian(gradients: Sequence[Tensor], weights: list[Tensor], signs: list[Tensor], again: bool) -> Sequence[Tensor]:
+    """H z from gradients with their graph, which those of layers that do not run have not; `again` keeps the graph."""
+    pairs = [(g, z) for g, z in zip(gradients, signs, strict=True) if g.requires_grad]
+    if not pairs:
+        return [torch.zeros_like(w) for w in weights]
+    return torch.autograd.grad([g for g, _ in pairs], weights, [z for _, z in pairs], retain_graph=again, allow_unused=True,
+                               materialize_grads=True)
 
 
 def _woodfisher(net: nn.Module, batches: list, block: int = 64, damping: float = 1e-3) -> Scores:
@@ -218,8 +232,8 @@ def _woodfisher(net: nn.Module, batches: list, block: int = 64, damping: float =
                 total[name] = total.get(name, 0) + torch.einsum("nbi,nbj->bij", blocks, blocks)
         count += len(labels)
     scores = {}
-    for name, w in weights.items():
-        fisher = total[name] / count
+    for name, sums in total.items():
+        w, fisher = weights[name], sums / count
         level = damping * fisher.diagonal(dim1=1, dim2=2).mean().clamp_min(1e-20)
         inverse = torch.linalg.inv(fisher + level * torch.eye(block, device=w.device, dtype=w.dtype))
         diagonal = inverse.diagonal(dim1=1, dim2=2).flatten()[: w.numel()].view_as(w)
@@ -228,13 +242,13 @@ def _woodfisher(net: nn.Module, batches: list, block: int = 64, damping: float =
 
 
 def _gradients(net: nn.Module, images: Tensor, labels: Tensor) -> dict[str, Tensor]:
-    """The gradient of each image's own loss, (N, *weight.shape), by weight."""
-    weights = values(net)
-    rest = {name: p.detach() for name, p in net.named_parameters() if name not in weights} | dict(net.named_buffers())
+    """The gradient of each image's own loss, (N, *weight.shape), by weight; one that layers share has its first name."""
+    parameters = dict(net.named_parameters())
+    weights = {name: w for name, w in values(net).items() if name in parameters}
+    rest = {name: p.detach() for name, p in parameters.items() if name not in weights} | dict(net.named_buffers())
 
     def loss(some: dict[str, Tensor], image: Tensor, label: Tensor) -> Tensor:
-        logits = torch.func.functional_call(net, (some, rest), (image[None],))
-        return F.cross_entropy(logits, label[None])
+        return F.cross_entropy(outputs_at(net, some | rest, image[None]), label[None])
 
     return torch.func.vmap(torch.func.grad(loss), (None, 0, 0))(weights, images, labels)
 

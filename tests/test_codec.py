@@ -94,6 +94,32 @@ def test_quantising_names_what_it_knows(net):
         codec.quantize(net, 3, "uniform", importance=weights.values(net))
 
 
+@pytest.mark.parametrize("by", codec.QUANTIZERS)
+def test_bits_are_whole_numbers_of_any_integer_type(net, by):
+    expected = codec.quantize(net, 3, by)
+    for bits in (np.int64(3), np.uint8(3), torch.tensor(3), dict.fromkeys(weights.prunable(net), np.int32(3)),
+                 pd.Series(3, index=list(weights.prunable(net)))):
+        assert identical(codec.quantize(net, bits, by), expected)
+    for bits in (3.0, 2.5, True, "3", None, dict.fromkeys(weights.prunable(net), 2.5)):
+        with pytest.raises(ValueError, match=r"bits=\S+: this quantiser takes a whole number from [12] to 16 bits"):
+            codec.quantize(net, bits, by)
+        if not isinstance(bits, dict):
+            with pytest.raises(ValueError, match="whole number"):
+                codec.QUANTIZERS[by](torch.ones(3), bits)
+
+
+def test_weights_that_bits_or_importance_lack_are_named(net):
+    with pytest.raises(ValueError, match=r"bits lacks 1\.weight, 5\.weight: give"):
+        codec.quantize(net, {"1.weigh": 3, "3.weight": 3})
+    with pytest.raises(ValueError, match=r"importance lacks 3\.weight, 5\.weight: give"):
+        codec.quantize(net, 3, importance={"1.weight": torch.ones(12, 64)})
+
+
+def test_a_folder_that_a_compressed_file_lacks_is_named(net, tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"x\.fish: there is no folder .*nodir: make it first"):
+        codec.compress(net, tmp_path / "nodir" / "x.fish")
+
+
 def test_quantising_leaves_the_network_alone(net):
     before = copy.deepcopy(net.state_dict())
     rounded = codec.quantize(net, {"1.weight": 2, "3.weight": 3, "5.weight": 4})

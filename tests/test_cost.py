@@ -56,6 +56,28 @@ def test_functional_code_counts_like_modules():
     assert found.parameters == expected.parameters
 
 
+class Attention(nn.Module):
+    """Self-attention of one head, by the module or by the function on its projections."""
+
+    def __init__(self, functional):
+        super().__init__()
+        self.functional, self.own = functional, nn.MultiheadAttention(8, 1, batch_first=True)
+
+    def forward(self, x):
+        if not self.functional:
+            return self.own(x, x, x, need_weights=False)[0]
+        q, k, v = F.linear(x, self.own.in_proj_weight, self.own.in_proj_bias).chunk(3, -1)
+        return self.own.out_proj(F.scaled_dot_product_attention(q, k, v))
+
+
+@pytest.mark.parametrize("functional", [True, False])
+def test_attention_costs_its_projections_and_both_products_and_fused_kernels_stay_switched_on(functional):
+    found = cost.count(Attention(functional), (10, 8))
+    assert found.macs == 4 * 10 * 8 * 8 + 2 * 10 * 10 * 8
+    assert torch.backends.mha.get_fastpath_enabled()
+    assert torch.backends.cuda.flash_sdp_enabled()
+
+
 def test_the_table_of_layers_adds_up_to_the_whole():
     found = cost.count(nets.resnet(20), (3, 32, 32))
     assert found.layers["macs"].sum() == found.macs

@@ -207,6 +207,68 @@ def test_images_of_two_sizes_and_broken_images_are_named(tmp_path):
         ImageData(str(tmp_path))
 
 
+@pytest.mark.parametrize(("dtype", "ending"), [("<u2", "png"), ("<u2", "tif"), (">u2", "tif")])
+def test_16_bit_grey_images_of_a_folder_keep_their_upper_8_bits(tmp_path, dtype, ending):
+    grey = (np.arange(16) * 4368).reshape(4, 4)
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+        for k in range(5):
+            Image.fromarray(grey.astype(dtype)).save(tmp_path / name / f"{k}.{ending}")
+    assert np.array_equal(load_arrays(str(tmp_path))["train_images"], np.broadcast_to(grey >> 8, (8, 4, 4)))
+
+
+@pytest.mark.parametrize(("dtype", "kind"), [(np.int32, "32-bit integers"), (np.float32, "floating-point numbers")])
+def test_images_whose_white_is_unknown_are_refused(tmp_path, dtype, kind):
+    write_folder(tmp_path)
+    Image.fromarray(np.full((6, 6), 40, dtype=dtype)).save(tmp_path / "cat" / "99.tif")
+    with pytest.raises(ValueError, match=rf"99\.tif holds {kind}.*8 or 16 bits"):
+        load_arrays(str(tmp_path))
+
+
+def test_folders_and_files_that_begin_with_a_dot_are_passed_over_wherever_the_images_are(tmp_path):
+    root = tmp_path / ".cache" / "pets"
+    write_folder(root)
+    write_folder(root / ".ipynb_checkpoints", classes=("cat",), count=1)
+    write_folder(root / "cat", classes=(".thumbnails",), count=1)
+    (root / "cat" / "._0.png").write_bytes(b"no image")
+    data = load_arrays(str(root))
+    assert data["classes"].tolist() == ["cat", "dög"]
+    assert len(data["train_labels"]) + len(data["test_labels"]) == 24
+
+
+def test_a_folder_with_hidden_folders_alone_or_one_class_is_refused(tmp_path):
+    write_folder(tmp_path, classes=(".cat",))
+    with pytest.raises(FileNotFoundError, match="one folder a class with images in each"):
+        load_arrays(str(tmp_path))
+    write_folder(tmp_path, classes=("dog",))
+    with pytest.raises(ValueError, match=r"one class only \(dog\): two folders or more"):
+        load_arrays(str(tmp_path))
+    for split in ("train", "test"):
+        write_folder(tmp_path / split, classes=("dog",))
+    with pytest.raises(ValueError, match=r"train has one class only \(dog\)"):
+        load_arrays(str(tmp_path))
+
+
+@pytest.mark.parametrize("counts", [(1, 12), (2, 3)])
+def test_classes_with_too_few_images_for_a_test_split_are_named_with_what_to_do(tmp_path, counts):
+    for name, count in zip(("cat", "dog"), counts, strict=True):
+        write_folder(tmp_path, classes=(name,), count=count)
+    few = ", ".join(f"{name} {count}" for name, count in zip(("cat", "dog"), counts, strict=True) if count < 5)
+    with pytest.raises(ValueError, match=rf"{tmp_path.name}: .* \(images: {few}\): have five images or more a class, or put"):
+        load_arrays(str(tmp_path))
+
+
+def test_five_images_a_class_can_be_read(tmp_path):
+    write_folder(tmp_path, classes=tuple("abcdef"), count=5)
+    assert np.bincount(load_arrays(str(tmp_path))["test_labels"]).tolist() == [1] * 6
+
+
+def test_a_single_augmentation_needs_no_tuple():
+    assert ImageData(augment="flip").augment == ("flip",)
+    with pytest.raises(ValueError, match="unknown augmentation rotate: use"):
+        ImageData(augment="rotate")
+
+
 def test_splits_are_disjoint_stratified_and_seeded():
     data, same, other = ImageData(validation=0.25), ImageData(validation=0.25), ImageData(validation=0.25, seed=1)
     images = {split: {x.numpy().tobytes() for x in data._tensors[split][0]} for split in ("train", "validation")}

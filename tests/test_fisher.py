@@ -10,8 +10,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
-from fishlib import fisher, nets
+from fishlib import fisher, nets, per_sample
 
 
 def loop_diagonal(net, images, labels, kind):
@@ -305,8 +306,9 @@ def flat(values):
     return torch.cat([v.flatten() for v in values.values()])
 
 
+@pytest.mark.filterwarnings("ignore:There is a performance drop")
 @pytest.mark.parametrize("kind", ["exact", "empirical"])
-@pytest.mark.parametrize("name", ["mlp", "batchnorm", "strided, dilated", "groupnorm"])
+@pytest.mark.parametrize("name", ["mlp", "batchnorm", "strided, dilated", "groupnorm", "attention"])
 def test_products_equal_those_with_the_whole_matrix(name, kind):
     net, images, labels = build(name)
     matrix, d = dense(net, images, labels, kind), random_direction(net)
@@ -314,6 +316,68 @@ def test_products_equal_those_with_the_whole_matrix(name, kind):
     assert fisher.quadratic(net, batches, d, kind) == pytest.approx(float(flat(d) @ matrix @ flat(d)), rel=1e-9)
     assert torch.allclose(flat(fisher.vector_product(net, batches, d, kind)), matrix @ flat(d), rtol=1e-8, atol=1e-10)
     assert torch.allclose(flat(fisher.diagonal(net, batches, kind)), matrix.diagonal())
+
+
+class Shared(nn.Module):
+    """A hidden layer that runs twice: called by one name, by two names of one module, or as two modules of one tensor."""
+
+    def __init__(self, names):
+        super().__init__()
+        self.a, self.out = nn.Linear(4, 4), nn.Linear(4, 3)
+        if names == "two of a module":
+            self.b = self.a
+        elif names == "two of a tensor":
+            self.b = nn.Linear(4, 4)
+            self.b.weight, self.b.bias = self.a.weight, self.a.bias
+        self.double()
+
+    def forward(self, x):
+        return self.out(getattr(self, "b", self.a)(torch.tanh(self.a(x))))
+
+
+def shared(names):
+    torch.manual_seed(3)
+    return Shared(names), torch.randn(5, 4, dtype=torch.float64), torch.randint(3, (5,))
+
+
+def assert_as_before(net, places, state):
+    assert all(p is place and p.is_leaf for p, place in zip(net.parameters(), places, strict=True))
+    assert all(torch.equal(value, state[name]) for name, value in net.state_dict().items())
+
+
+TWO_NAMES = ["two of a module", "two of a tensor"]
+
+
+@pytest.mark.parametrize("given", ["a", "b"])
+@pytest.mark.parametrize("names", TWO_NAMES)
+def test_outputs_at_other_values_are_those_of_a_copy_that_holds_them_whatever_the_names_of_a_layer(names, given):
+    net, images, _ = shared(names)
+    places, state, copied = list(net.parameters()), copy.deepcopy(net.state_dict()), copy.deepcopy(net)
+    with torch.no_grad():
+        copied.a.weight += 1
+    values = {f"{given}.weight": copied.a.weight.detach().clone()}
+    assert torch.equal(per_sample.outputs_at(net, values, images), copied(images))
+    assert_as_before(net, places, state)
+
+
+@pytest.mark.parametrize("names", TWO_NAMES)
+def test_two_values_for_one_tensor_and_names_that_the_network_lacks_are_refused(names):
+    net, images, _ = shared(names)
+    with pytest.raises(ValueError, match=r"'b\.weight' is one tensor with another"):
+        per_sample.outputs_at(net, {"a.weight": torch.zeros(4, 4), "b.weight": torch.ones(4, 4)}, images)
+    with pytest.raises(ValueError, match=r"'c\.weight' is no parameter and no buffer of the network: use one of a\.weight"):
+        per_sample.outputs_at(net, {"c.weight": torch.zeros(4, 4)}, images)
+
+
+@pytest.mark.parametrize("names", TWO_NAMES)
+def test_products_of_a_layer_under_two_names_are_those_under_one_and_leave_it_as_it_is(names):
+    (net, images, labels), (plain, _, _) = shared(names), shared("one")
+    places, state = list(net.parameters()), copy.deepcopy(net.state_dict())
+    matrix, d = dense(plain, images, labels, "exact"), random_direction(net)
+    assert fisher.quadratic(net, images, d) == pytest.approx(float(flat(d) @ matrix @ flat(d)), rel=1e-9)
+    assert_as_before(net, places, state)
+    assert torch.allclose(flat(fisher.vector_product(net, images, d)), matrix @ flat(d), rtol=1e-8, atol=1e-10)
+    assert_as_before(net, places, state)
 
 
 class NoForwardMode(torch.autograd.Function):
@@ -483,6 +547,30 @@ def test_bad_arguments_are_refused_by_name():
         fisher.kl(nn.BatchNorm1d(3), nn.Linear(3, 3), IMAGES)
     with pytest.raises(ValueError, match="std=0"):
         fisher.Gaussian(0)
+
+
+class Checkpointed(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.inner, self.out = nn.Linear(4, 4), nn.Linear(4, 3)
+
+    def forward(self, x):
+        return self.out(checkpoint(lambda z: torch.tanh(self.inner(z)), x, use_reentrant=False))
+
+
+@pytest.mark.parametrize("call", [fisher.diagonal, fisher.trace, *[
+    lambda net, x, call=call: call(net, x, random_direction(net))
+    for call in (fisher.quadratic, fisher.vector_product, fisher.natural_gradient)]])
+def test_gradient_checkpointing_is_refused_where_gradients_would_be_wrong(call):
+    with pytest.raises(ValueError, match="turn gradient checkpointing off"):
+        call(Checkpointed(), torch.randn(5, 4))
+
+
+def test_hooks_around_the_call_are_no_checkpoints_of_the_network():
+    net, images, labels = build("mlp")
+    expected = fisher.diagonal(net, (images, labels))
+    with torch.autograd.graph.save_on_cpu():
+        assert relative_error(fisher.diagonal(net, (images, labels)), expected) == 0
 
 
 @pytest.mark.parametrize("call", [

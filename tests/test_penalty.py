@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import nn
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
 from fishlib import codec, nets, penalty
 from fishlib.data import ImageData
@@ -267,6 +268,74 @@ def test_without_biases_a_decoupled_step_leaves_them_to_the_optimizer(name):
     ours, _ = fit(small(one_batch), one_batch, penalty=penalty.named(name, 10.0, biases=False), **options)
     assert torch.equal(ours[1].bias, plain[1].bias)
     assert not torch.equal(ours[1].weight, plain[1].weight)
+
+
+class TwoNames(Tied):
+    """`Tied` with a second name for its inner layer: of the module, or of its tensors."""
+
+    def __init__(self, of):
+        super().__init__()
+        self.again = self.inner if of == "module" else nn.Linear(16, 16)
+        self.again.weight, self.again.bias = self.inner.weight, self.inner.bias
+
+    def forward(self, images):
+        return self.head(self.again(torch.tanh(self.inner(images.flatten(1)))))
+
+
+@pytest.mark.parametrize("name", EACH)
+@pytest.mark.parametrize("of", ["module", "tensors"])
+def test_a_layer_under_two_names_is_penalised_as_under_one_and_left_as_it_is(of, name):
+    def gradients(net):
+        torch.manual_seed(7)
+        value = (EACH[name].objective(net, images, labels, net(images), F.cross_entropy) if hasattr(EACH[name], "objective")
+                 else EACH[name](net, images, labels, net(images)))
+        return torch.autograd.grad(value, list(net.parameters()), materialize_grads=True, allow_unused=True)
+
+    net, plain, (images, labels) = TwoNames(of).double(), Tied().double(), batch()
+    plain.load_state_dict(net.state_dict(), strict=False)
+    places, before = list(net.parameters()), copy.deepcopy(net.state_dict())
+    for a, b in zip(gradients(net), gradients(plain), strict=True):
+        torch.testing.assert_close(a, b)
+    assert all(p is place and p.is_leaf for p, place in zip(net.parameters(), places, strict=True))
+    assert all(torch.equal(value, before[key]) for key, value in net.state_dict().items())
+
+
+class Checkpointed(Tied):
+    def forward(self, images):
+        return self.head(checkpoint(lambda x: torch.tanh(self.inner(x)), images.flatten(1), use_reentrant=False))
+
+
+@pytest.mark.parametrize("name", ["sam", "weight_noise", "weight_deletion", "kl_noise"])
+def test_gradient_checkpointing_is_refused_where_it_would_compute_again_at_other_weights(name):
+    net, (images, labels), chosen = Checkpointed().double(), batch(), penalty.named(name, 0.1)
+    logits = net(images)
+    with pytest.raises(ValueError, match="turn gradient checkpointing off"):
+        (chosen.objective(net, images, labels, logits, F.cross_entropy) if hasattr(chosen, "objective")
+         else chosen(net, images, labels, logits))
+
+
+def test_the_trace_of_a_network_without_trained_parameters_is_refused_by_name():
+    net, (images, _) = networks()["mlp"].double(), batch()
+    net[1].weight.requires_grad_(False)
+    net[3].weight.requires_grad_(False)
+    with pytest.raises(ValueError, match="no parameter of the network requires gradients and has two dimensions"):
+        penalty.fisher_trace(net, images, biases=False)
+    with pytest.raises(ValueError, match="no parameter of the network requires gradients: call requires_grad_"):
+        penalty.fisher_trace(net.requires_grad_(False), images)
+
+
+def test_the_trace_of_no_images_is_refused():
+    net, (images, _) = networks()["mlp"].double(), batch()
+    with pytest.raises(ValueError, match="there are no images"):
+        penalty.fisher_trace(net, images[:0])
+
+
+def test_the_trace_is_the_same_where_gradients_are_switched_off():
+    net, (images, _) = networks()["mlp"].double(), batch()
+    expected = penalty.fisher_trace(net, images, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        found = penalty.fisher_trace(net, images, generator=torch.Generator().manual_seed(0))
+    assert {name: trace.item() for name, trace in found.items()} == {name: trace.item() for name, trace in expected.items()}
 
 
 def test_gradient_norm_is_that_of_the_mean_loss():

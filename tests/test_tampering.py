@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from scipy.stats import binomtest, norm
 from torch import nn
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
 from fishlib import nets, tampering
 from fishlib.data import ImageData
@@ -365,3 +366,118 @@ def test_losses_of_the_search_are_those_of_evaluation_mode(normalised, data):
     finally:
         normalised.eval()
     assert F.cross_entropy(normalised(images), labels).isfinite()
+
+
+class Shared(nn.Module):
+    """A hidden layer that runs twice: called by one name, by two names of one module, or as two modules of one tensor."""
+
+    def __init__(self, names, size=64):
+        super().__init__()
+        torch.manual_seed(1)
+        self.a, self.out = nn.Linear(size, size), nn.Linear(size, 10)
+        if names == "two of a module":
+            self.b = self.a
+        elif names == "two of a tensor":
+            self.b = nn.Linear(size, size)
+            self.b.weight, self.b.bias = self.a.weight, self.a.bias
+
+    def forward(self, images):
+        return self.out(getattr(self, "b", self.a)(torch.tanh(self.a(images.flatten(1)))))
+
+
+TABLES = {
+    "curve": lambda net, data, images, labels: tampering.curve(net, data, "range_noise", [0.05], repeats=4),
+    "adversary": lambda net, data, images, labels: tampering.adversary(net, images, labels, 0.05, steps=3),
+    "flip_bits": lambda net, data, images, labels: tampering.flip_bits(net, images, labels, 2)[-1][3],
+    "certify": lambda net, data, images, labels: tampering.certify(net, images, 0.05, 40, generator=generator()),
+}
+
+
+def assert_same(a, b):
+    if isinstance(a, dict):
+        assert list(a) == list(b)
+        assert all(torch.equal(a[name], b[name]) for name in a)
+    elif dataclasses.is_dataclass(a):
+        assert torch.equal(a.predictions, b.predictions)
+        assert torch.equal(a.radii, b.radii)
+    else:
+        assert a.equals(b)
+
+
+@pytest.mark.parametrize("small", [0, tampering.SMALL])
+@pytest.mark.parametrize("names", ["two of a module", "two of a tensor"])
+@pytest.mark.parametrize("search", TABLES)
+def test_a_layer_under_two_names_is_attacked_as_under_one_and_left_as_it_is(data, monkeypatch, search, names, small):
+    monkeypatch.setattr(tampering, "SMALL", small)
+    net, images = Shared(names), data.split("validation")
+    places, before = list(net.parameters()), copy.deepcopy(net.state_dict())
+    assert_same(TABLES[search](net, data, *images), TABLES[search](Shared("one"), data, *images))
+    assert all(p is place and p.is_leaf for p, place in zip(net.parameters(), places, strict=True))
+    assert all(torch.equal(value, before[key]) for key, value in net.state_dict().items())
+    assert net(images[0]).isfinite().all()
+
+
+class Recurrent(nn.Module):
+    """A layer that vmap has no rule for."""
+
+    def __init__(self):
+        super().__init__()
+        self.rows, self.out = nn.GRU(8, 6, batch_first=True), nn.Linear(6, 10)
+
+    def forward(self, images):
+        return self.out(self.rows(images[:, 0])[0][:, -1])
+
+
+class Branching(nn.Module):
+    """A branch that depends on a weight, which vmap cannot follow."""
+
+    def __init__(self):
+        super().__init__()
+        self.inner, self.out = nn.Linear(64, 8), nn.Linear(8, 10)
+
+    def forward(self, images):
+        hidden = self.inner(images.flatten(1))
+        return self.out(hidden.relu() if self.inner.bias[0].item() > 0 else hidden.tanh())
+
+
+@pytest.mark.parametrize("make", [Recurrent, Branching])
+@pytest.mark.parametrize("search", ["curve", "certify"])
+def test_small_networks_that_vmap_cannot_follow_go_through_the_loop(data, monkeypatch, search, make):
+    torch.manual_seed(0)
+    net, images = make(), data.split("validation")
+    found = TABLES[search](net, data, *images)
+    monkeypatch.setattr(tampering, "SMALL", 0)
+    assert_same(found, TABLES[search](net, data, *images))
+
+
+def test_certificates_and_attacks_leave_the_global_random_state_alone(net, data):
+    images, state = data.split("validation")[0][:5], torch.get_rng_state()
+    certificate = tampering.certify(net, images, 0.05, 100)
+    assert torch.equal(torch.get_rng_state(), state)
+    tampering.attack_certified(net, images, certificate, steps=1, draws=1, samples=10)
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+@pytest.mark.parametrize("goal", tampering.GOALS)
+def test_searches_take_a_goal_by_its_name(net, data, goal):
+    images, labels = data.split("validation")
+    assert_same(tampering.adversary(net, images, labels, 0.05, steps=3, goal=goal),
+                tampering.adversary(net, images, labels, 0.05, steps=3, goal=tampering.GOALS[goal]))
+    assert_same(tampering.flip_bits(net, images, labels, 1, goal=goal)[0][3],
+                tampering.flip_bits(net, images, labels, 1, goal=tampering.GOALS[goal])[0][3])
+
+
+@pytest.mark.parametrize("search", [tampering.adversary, tampering.flip_bits])
+def test_an_unknown_goal_is_named_with_the_known_ones(net, data, search):
+    with pytest.raises(ValueError, match="unknown goal 'fame': use one of loss, expected error, clipped margin"):
+        search(net, *data.split("validation"), 1, goal="fame")
+
+
+def test_searches_refuse_gradient_checkpointing_which_would_compute_again_at_other_weights(data):
+    class Checkpointed(Shared):
+        def forward(self, images):
+            return self.out(checkpoint(lambda x: torch.tanh(self.a(x)), images.flatten(1), use_reentrant=False))
+
+    for search in (tampering.adversary, tampering.flip_bits):
+        with pytest.raises(ValueError, match="turn gradient checkpointing off"):
+            search(Checkpointed("one"), *data.split("validation"), 1)

@@ -164,6 +164,43 @@ def test_unknown_options_are_refused_with_the_choices(small, net, options):
         fit(net, small, **options)
 
 
+@pytest.mark.parametrize(("wrong", "told"), [
+    (nn.Linear(64, 5), "the network has 5 outputs, digits has 10 classes"),
+    (nn.Unflatten(1, (8, 8)), r"gives numbers of shape \(32, 8, 8\), it has to give logits of shape \(images, 10\)"),
+    (nn.Linear(64, 10).double(), r"the network is float64: call \.float\(\)"),
+    (nn.Conv1d(1, 1, 1, dtype=torch.float64), r"the network is float64: call \.float\(\)"),
+    (nn.Linear(64, 10).requires_grad_(False), r"all parameters of the network are frozen: call net\.requires_grad_\(True\)")],
+    ids=["few outputs", "no logits", "float64", "float64 kernels", "frozen"])
+def test_a_network_that_cannot_be_trained_is_refused_before_a_step_and_stays_as_it_was(small, wrong, told):
+    shape = nn.Unflatten(1, (1, 64)) if isinstance(wrong, nn.Conv1d) else nn.Linear(64, 64) if isinstance(
+        wrong, nn.Unflatten) else nn.Identity()
+    net = nn.Sequential(nn.Flatten(), nn.BatchNorm1d(64, affine=False, dtype=torch.float32), shape, wrong)
+    before, state = copy.deepcopy(net), torch.get_rng_state()
+    with pytest.raises(ValueError, match=told):
+        fit(net, small, epochs=1)
+    assert same(net, before)
+    assert torch.equal(state, torch.get_rng_state())
+
+
+def test_networks_with_more_outputs_than_classes_or_that_convert_their_images_are_trained(small):
+    class Precise(nn.Sequential):
+        def forward(self, images):
+            return super().forward(images.double()).float()
+
+    for net in (nn.Sequential(nn.Flatten(), nn.Linear(64, 12)), Precise(nn.Flatten(), nn.Linear(64, 10).double())):
+        _, history = fit(net, small, epochs=1, precision="float32")
+        assert history.notna().all().all()
+
+
+def test_a_frozen_network_that_a_callback_thaws_is_trained(small, net):
+    class Thaw(L.Callback):
+        def on_train_start(self, trainer, module):
+            module.net.requires_grad_(True)
+
+    frozen = copy.deepcopy(net).requires_grad_(False)
+    assert same(fit(frozen, small, epochs=1, callbacks=[Thaw()])[0], fit(net, small, epochs=1)[0])
+
+
 @pytest.mark.parametrize("wrong", ["fisher_trace", FisherTrace, 0.01])
 def test_what_is_no_penalty_is_refused_with_what_is(small, net, wrong):
     with pytest.raises(ValueError, match=r"is not a penalty: use an object, .*penalty.named\("):

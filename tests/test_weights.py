@@ -100,6 +100,63 @@ def test_removed_weights_score_lowest_and_stay_removed(net, data):
             weights.masks(half).values(), weights.masks(more).values(), strict=True))
 
 
+class Partial(nn.Module):
+    """`tiny` with a layer that does not run."""
+
+    def __init__(self):
+        super().__init__()
+        self.net, self.idle = tiny(), nn.Linear(6, 5).double()
+
+    def forward(self, images):
+        return self.net(images)
+
+
+@pytest.mark.parametrize("by", weights.SCORES)
+def test_frozen_layers_score_as_trained_ones(by):
+    net, batch = tiny(), tiny_batch()
+    expected = weights.score(net, [batch], by)
+    net[1].requires_grad_(False)
+    found = weights.score(net, [batch], by)
+    assert list(found) == list(expected)
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
+    assert [p.requires_grad for p in net.parameters()] == [False, False, True, True]
+
+
+@pytest.mark.parametrize("by", [by for by in weights.SCORES if by not in ("magnitude", "random")])
+def test_layers_that_do_not_run_score_nothing_and_the_others_as_ever(by):
+    net, batch = Partial(), tiny_batch()
+    found, expected = weights.score(net, [batch], by), weights.score(net.net, [batch], by)
+    if by != "woodfisher":  # in whose blocks the damping alone is left
+        assert not found["idle.weight"].any()
+    if by != "hessian":  # its signs are drawn for all layers
+        assert all(torch.equal(found[f"net.{name}"], score) for name, score in expected.items())
+
+
+class Twice(nn.Module):
+    """A layer that runs twice, by one name or as two modules of one tensor."""
+
+    def __init__(self, names):
+        super().__init__()
+        torch.manual_seed(1)
+        self.a, self.out = nn.Linear(6, 6), nn.Linear(6, 3)
+        if names == 2:
+            self.b = nn.Linear(6, 6)
+            self.b.weight, self.b.bias = self.a.weight, self.a.bias
+        self.double()
+
+    def forward(self, images):
+        return self.out(getattr(self, "b", self.a)(torch.tanh(self.a(images.flatten(1)))))
+
+
+@pytest.mark.parametrize("by", ["fisher", "fisher_weight", "woodfisher"])
+def test_a_weight_of_two_layers_scores_as_one_that_is_used_twice(by):
+    batch = tiny_batch()
+    found, expected = (weights.score(Twice(names), [batch], by) for names in (2, 1))
+    assert list(found) == list(expected)
+    for name, score in expected.items():
+        torch.testing.assert_close(found[name], score)
+
+
 def test_an_unknown_score_names_the_known_ones(net, data):
     with pytest.raises(ValueError, match="fisher_weight"):
         weights.score(net, data, "fischer")

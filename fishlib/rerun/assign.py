@@ -7,6 +7,7 @@ what its master gives.
 
 from __future__ import annotations
 
+import ast
 import re
 import shutil
 import tempfile
@@ -19,7 +20,8 @@ from fishlib.rerun.run import swap, write
 ROOT = Path(__file__).resolve().parents[2]
 ASSIGNMENTS = ROOT / "chapters" / "assignments"
 BUILT = ROOT / "_build" / "assignments"
-SEED_LINE = re.compile(r"^SEED = [^#\n]*?(?=\s*(?:#.*)?$)", re.MULTILINE)
+SEED_LINE = re.compile(r"^([ \t]*SEED[ \t]*(?::[^=\n]*)?=(?!=)[ \t]*)[^#\n]*?(?=[ \t]*(?:#.*)?$)", re.MULTILINE)
+NO_PYTHON = re.compile(r"^([ \t]*)[%!?].*$", re.MULTILINE)  # a notebook's own commands
 
 
 class AssignError(Exception):
@@ -87,16 +89,49 @@ def _sorted(made: Path, target: Path, name: str, seed: int) -> Path:
 
 
 def with_seed(notebook: nbformat.NotebookNode, seed: int) -> nbformat.NotebookNode:
-    """A copy whose line `SEED = ...` sets this seed; a notebook that has lost the line gets it as its first cell."""
+    """A copy whose assignments to `SEED`, however written, set this seed; one without any gets it as its first cell."""
     notebook = nbformat.from_dict(notebook)
     found = 0
     for cell in notebook.cells:
         if cell.cell_type == "code":
-            cell.source, count = SEED_LINE.subn(f"SEED = {seed}", cell.source)
+            cell.source, count = _seeded(cell.source, seed)
             found += count
     if not found:
         notebook.cells.insert(0, nbformat.v4.new_code_cell(f"SEED = {seed}"))
     return notebook
+
+
+def _seeded(source: str, seed: int) -> tuple[str, int]:
+    """The source with this seed in every assignment to `SEED`, and the number of these."""
+    source = re.sub(r"\r\n?", "\n", source)  # as the parser counts lines
+    tree = _parsed(source) or _parsed(NO_PYTHON.sub(r"\1pass", source))
+    if tree is None:  # it may still be a notebook's cell, as after `files = !ls`
+        return SEED_LINE.subn(rf"\g<1>{seed}", source)
+    values = {id(value): value for node in ast.walk(tree) for value in _seed_values(node)}
+    inner = {id(node) for value in values.values() for node in ast.walk(value) if node is not value}
+    outer = [value for key, value in values.items() if key not in inner]
+    lines = [line.encode() for line in source.split("\n")]  # columns count bytes
+    for value in sorted(outer, key=lambda value: (value.lineno, value.col_offset), reverse=True):
+        first, last = value.lineno - 1, value.end_lineno - 1
+        lines[first : last + 1] = [lines[first][: value.col_offset] + str(seed).encode() + lines[last][value.end_col_offset :]]
+    return b"\n".join(lines).decode(), len(outer)
+
+
+def _parsed(source: str) -> ast.Module | None:
+    try:
+        return ast.parse(source)
+    except (SyntaxError, ValueError, RecursionError, MemoryError):
+        return None
+
+
+def _seed_values(node: ast.AST) -> list[ast.expr]:
+    """What a statement or expression gives to the name SEED."""
+    if not isinstance(node, ast.Assign | ast.AnnAssign | ast.NamedExpr) or node.value is None:
+        return []
+    pairs = [(target, node.value) for target in getattr(node, "targets", None) or [node.target]]
+    pairs += [pair for target, value in pairs if isinstance(target, ast.Tuple) and isinstance(value, ast.Tuple)
+              and len(target.elts) == len(value.elts) for pair in zip(target.elts, value.elts, strict=True)]
+    return [value for target, value in pairs if isinstance(target, ast.Name) and target.id == "SEED"]
 
 
 def publish(name: str, made: Path) -> bool:

@@ -25,6 +25,7 @@ import click
 from fishlib.rerun import chapters
 from fishlib.rerun import run as runs
 
+LONGEST = 30  # letters of a value in a table
 # Errors of a disk that is full, and of a place that is closed to writing.
 UNWRITABLE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EACCES, errno.EPERM, errno.EROFS)
 
@@ -399,12 +400,20 @@ def params(name: str) -> None:
     with checking():
         chapter = chapters.load(name)
         others = {profile: chapter.settle(profile) for profile in chapter.profiles if profile != "quick"}
-    rows = [["name", "type", "quick", *others, "valid", "meaning"]]
+    rows, long = [["name", "type", "quick", *others, "valid", "meaning"]], []
     for parameter in chapter.parameters.values():
-        values = [repr(settled[parameter.name]) for settled in others.values()]
-        rows.append([parameter.name, parameter.kind.__name__, repr(parameter.default), *values, _valid(parameter),
-                     parameter.help])
+        values = [repr(parameter.default), *(repr(settled[parameter.name]) for settled in others.values())]
+        rows.append([parameter.name, parameter.kind.__name__, *map(_cut, values), _cut(_valid(parameter)), parameter.help])
+        texts = zip(["quick", *others, "valid"], [*values, _valid(parameter)], strict=True)
+        long += [f"{parameter.name}, {column}: {text}" for column, text in texts if _cut(text) != text]
     _columns(rows)
+    for line in long:
+        click.echo(f"\n{line}")
+
+
+def _cut(text: str) -> str:
+    """A text short enough for a column."""
+    return text if len(text) <= LONGEST else f"{text[: LONGEST - 3]}..."
 
 
 def _valid(parameter: Any) -> str:
@@ -715,6 +724,9 @@ def results(pattern: str, folders: Sequence[Path], out: Path | None, summarise: 
         table = collect.results(pattern, list(folders) or None)
         if table.empty:
             raise ValueError(f"no finished run matches {pattern!r}: `fishlib sweep` makes some, --in names folders")
+        if plot:
+            x, y, hue = plot[0], plot[1], None if plot[2] == "-" else plot[2]
+            collect.check_plot(table, x, y, hue)
         for chapter, states in collect.mixed(table).items():
             click.secho(f"note: the runs of {chapter} come from {states} states of the library", fg="yellow", err=True)
         shown = collect.summary(table) if summarise else table
@@ -727,8 +739,7 @@ def results(pattern: str, folders: Sequence[Path], out: Path | None, summarise: 
         if summarise:
             files += collect.save(shown, out.with_name(f"{out.name}_summary"))
         if plot:
-            x, y, hue = plot
-            files.append(collect.plot(table, x, y, None if hue == "-" else hue, out.with_name(f"{out.name}.png")))
+            files.append(collect.plot(table, x, y, hue, out.with_name(f"{out.name}.png")))
     except ValueError as error:
         raise click.ClickException(str(error)) from error
     except ImportError as error:

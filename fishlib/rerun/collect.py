@@ -169,13 +169,15 @@ def readable(table: pd.DataFrame, parameters: Sequence[str]) -> Iterator[tuple[s
     """What fits a terminal of a table of runs or of its summary: chapter by chapter, the columns that all rows have.
 
     Parameters that are the same in all rows of a chapter are left out, and so are lists, dictionaries, texts of more than
-    `WIDE` letters, provenance, and records inside records; the files that `save` writes have everything.
+    `WIDE` letters, provenance, and records inside records; the files that `save` writes have everything. A summary keeps the
+    names of its records and their means, however long.
     """
     for chapter, rows in table.groupby("chapter", sort=False):
         whole = rows.dropna(axis="columns", how="all" if "record" in rows else "any")  # a single seed has no deviation
         shown = whole.drop(columns=["chapter", "file"], errors="ignore")
         same = [name for name in parameters if name in shown and shown[name].map(str).nunique() == 1]
-        long = [name for name in shown.columns.difference(same) if "." in name or not shown[name].map(_short).all()]
+        kept = [*same, *(("record", "mean") if "record" in rows else ())]
+        long = [name for name in shown.columns.difference(kept) if "." in name or not shown[name].map(_short).all()]
         yield chapter, shown.drop(columns=[*same, *long])
 
 
@@ -214,17 +216,32 @@ def save(table: pd.DataFrame, stem: Path) -> tuple[Path, Path]:
     return files
 
 
+def check_plot(table: pd.DataFrame, x: str, y: str, hue: str | None) -> None:
+    """Refuse columns that `plot` cannot draw.
+
+    Raises
+    ------
+    ValueError
+        a column that the table does not have, or one over or of which no number can be drawn, with those that can be
+    """
+    have = [name for name in table.columns if not name.startswith("provenance.")]
+    if unknown := [name for name in (x, y, hue) if name is not None and name not in table.columns]:
+        raise ValueError(f"no column {', '.join(map(repr, unknown))}: use {', '.join(have)}")
+    if lists := [name for name in (x, y, hue) if name is not None and table[name].map(lambda one: isinstance(one, list)).any()]:
+        raise ValueError(f"the column {lists[0]!r} holds lists: use one of {', '.join(n for n in have if _counts(table[n]))}")
+    if not _counts(table[y]):
+        raise ValueError(f"the column {y!r} holds no numbers: use one of {', '.join(n for n in have if _counts(table[n]))}")
+
+
 def plot(table: pd.DataFrame, x: str, y: str, hue: str | None, out: Path) -> Path:
     """Draw a record over a parameter as mean with its 95 % interval over seeds, a line for each value of `hue`.
 
     Raises
     ------
     ValueError
-        a column that the table does not have, with those that it has
+        as `check_plot`, or an ending of `out` that no picture has
     """
-    if unknown := [name for name in (x, y, hue) if name is not None and name not in table.columns]:
-        have = [name for name in table.columns if not name.startswith("provenance.")]
-        raise ValueError(f"no column {', '.join(map(repr, unknown))}: use {', '.join(have)}")
+    check_plot(table, x, y, hue)
     from matplotlib.figure import Figure
 
     from fishlib.notebook import plot_style

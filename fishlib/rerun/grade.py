@@ -19,7 +19,7 @@ import tempfile
 import threading
 import time
 import zipfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -80,12 +80,14 @@ def grade(submission: Path, autograder: Path | None = None, *, seconds: float = 
     if confined and not version():
         raise GradeError("this system cannot confine submissions to a folder (Linux with Landlock can): grade in a "
                          "container or on another machine, or say --unconfined to run them with your own rights")
+    # Of a notebook that cannot be read nobody knows the assignment: its points are then those of the archive that was given.
+    most = possible(Path(autograder)) if autograder else 0.0
     try:
         notebook = _read(Path(submission))
         archive = Path(autograder or archive_of(notebook))
         _same_assignment(notebook, archive)
     except ValueError as error:
-        return Grade(str(submission), "refused", message=str(error))
+        return Grade(str(submission), "refused", possible=most, message=str(error))
     with tempfile.TemporaryDirectory(prefix="fishlib-grade-", ignore_cleanup_errors=True) as folder:
         desk = Path(folder).resolve()
         nbformat.write(_prepared(notebook, seed), desk / "submission.ipynb")
@@ -127,19 +129,25 @@ def archive_of(notebook: nbformat.NotebookNode, built: Path = BUILT) -> Path:
     return places[name]
 
 
-def _same_assignment(notebook: nbformat.NotebookNode, archive: Path) -> None:
+@contextlib.contextmanager
+def _opened(archive: Path) -> Iterator[zipfile.ZipFile]:
     try:
         with zipfile.ZipFile(archive) as content:
-            wanted = json.loads(content.read("otter_config.json")).get("assignment_name")
+            yield content
     except (OSError, KeyError, ValueError, zipfile.BadZipFile) as error:
         raise GradeError(f"{archive} is not an autograder archive: make it by `make assignments`") from error
+
+
+def _same_assignment(notebook: nbformat.NotebookNode, archive: Path) -> None:
+    with _opened(archive) as content:
+        wanted = json.loads(content.read("otter_config.json")).get("assignment_name")
     if wanted and name_of(notebook) != wanted:
         raise ValueError(f"the notebook belongs to the assignment {name_of(notebook)!r}, the archive to {wanted!r}")
 
 
 def possible(archive: Path) -> float:
     """The points that an archive's checks add up to."""
-    with zipfile.ZipFile(archive) as content:
+    with _opened(archive) as content:
         texts = [content.read(name).decode() for name in content.namelist() if name.startswith("tests/")]
     return sum(float(points) for text in texts for points in re.findall(r"^@test_case\(points=([\d.]+)", text, re.MULTILINE))
 

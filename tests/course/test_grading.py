@@ -105,6 +105,26 @@ def test_given_seed_replaces_the_notebooks_own_and_the_same_archive_grades_its_s
     assert (one.status, one.score) == ("graded", one.possible)
 
 
+@pytest.mark.parametrize(("line", "given"), [
+    ("SEED = 0  # your number", "SEED = 12  # your number"), ("SEED=0", "SEED=12"), ("SEED  = 0", "SEED  = 12"),
+    ("SEED: int = 0", "SEED: int = 12"), ("if True:\n    SEED = 0", "if True:\n    SEED = 12"),
+    ("x, SEED = 1, 0", "x, SEED = 1, 12"),
+    ("SEED = (SEED := 0)", "SEED = (12)"), ("é = 'é'; SEED = int(\n'0')", "é = 'é'; SEED = 12"),
+    ("%matplotlib inline\r\nSEED=0", "%matplotlib inline\nSEED=12"),
+    ("files = !ls\n\tSEED=0 # mine", "files = !ls\n\tSEED=12 # mine"),
+    ("x = (7\n  % 3)\nSEED=0", "x = (7\n  % 3)\nSEED=12")])
+def test_given_seed_stands_in_every_assignment_however_it_is_written(line, given):
+    cells = [new_code_cell(f"{line}\nassert SEED == 12"), new_code_cell("SEED = 0")]
+    seeded = assign.with_seed(nbformat.v4.new_notebook(cells=cells), 12)
+    assert [cell.source for cell in seeded.cells] == [f"{given}\nassert SEED == 12", "SEED = 12"]
+
+
+def test_reading_the_seed_is_no_assignment_and_a_notebook_without_any_gets_it_first():
+    cells = [new_code_cell("print(SEED == 0, 'SEED = 0')\nSEED: int\nMY_SEED = 0")]
+    seeded = assign.with_seed(nbformat.v4.new_notebook(cells=cells), 12)
+    assert [cell.source for cell in seeded.cells] == ["SEED = 12", cells[0].source]
+
+
 def test_endless_cell_is_interrupted_and_the_rest_graded(submit):
     one = submit("while True:\n    pass", cell_seconds=10)
     assert (one.status, one.score) == ("graded", one.possible)
@@ -206,6 +226,16 @@ def test_submission_for_another_assignment_or_without_a_notebook_is_refused(buil
     (tmp_path / "broken.ipynb").write_text("{")
     assert "not a notebook" in grade(built[NAME], tmp_path / "broken.ipynb").message
     assert "there is no file" in grade(built[NAME], tmp_path / "absent.ipynb").message
+
+
+def test_refused_submission_has_the_possible_points_of_the_archive_that_was_given(built, tmp_path):
+    notebook = read(built[NAME], "student")
+    notebook.metadata["otter"]["assignment_name"] = "cooking"
+    nbformat.write(notebook, tmp_path / "other.ipynb")
+    for name in ("other", "absent"):
+        one = grade(built[NAME], tmp_path / f"{name}.ipynb")
+        assert (one.status, one.score, one.possible) == ("refused", 0, grading.possible(archive(built[NAME])))
+        assert one.possible > 10
 
 
 def test_table_has_a_line_for_each_submission_with_points_and_words():

@@ -87,6 +87,15 @@ def test_printed_summaries_have_deviations_where_some_settings_have_several_seed
     assert lines[2].split() == ["strength", "record", "mean", "std", "low", "high", "n"]
 
 
+def test_printed_summaries_name_their_records_however_long_the_names(folders, tmp_path):
+    name = "accuracy_of_the_smallest_network_that_keeps_nine_tenths"
+    for seed in (0, 1):
+        leave(folders[0], {"accuracy": 0.9, name: 0.5}, seed=seed, rule="r" * 30 + str(seed))
+    lines = fishlib_results(tmp_path, "--summary").output.splitlines()
+    assert lines[2].split()[:2] == ["record", "mean"]
+    assert lines[4].split()[:2] == [name, "0.5"]
+
+
 @pytest.mark.parametrize("value", [math.nan, math.inf, [1.0, -math.inf], {"inner": math.nan}])
 def test_records_that_are_not_finite_are_refused_by_name(folders, tmp_path, value):
     leave(folders[0], {"accuracy": 0.9}, seed=0)
@@ -190,6 +199,35 @@ def test_a_plot_is_drawn_and_an_unknown_column_is_answered_with_those_there_are(
     result = fishlib_results(tmp_path, "--plot", "strenght", "accuracy", "seed")
     assert result.exit_code == 1
     assert "no column 'strenght': use chapter, identity, seed, strength, accuracy" in result.output
+
+
+@pytest.mark.parametrize(("column", "told"), [
+    ("acuracy", "no column 'acuracy': use"), ("curve", "the column 'curve' holds lists: use one of seed, strength, accuracy"),
+    ("said", "the column 'said' holds no numbers: use one of seed, strength, accuracy")])
+def test_a_column_that_cannot_be_drawn_is_refused_before_anything_is_saved(folders, tmp_path, column, told):
+    leave(folders[0], {"accuracy": 0.9, "curve": [1.0, 2.0], "said": "so"}, seed=0, strength=0.5)
+    result = fishlib_results(tmp_path, "--plot", "strength", column, "-")
+    assert result.exit_code == 1
+    assert told in result.output
+    assert not list(tmp_path.glob("*table*"))
+
+
+def test_columns_of_plots_on_the_pages_are_parameters_and_records_of_the_chapter(tmp_path):
+    import re
+    import shlex
+
+    from fishlib.rerun import claims
+
+    lines = [line for page in (chapters.ROOT / "chapters").glob("*.md") for line in page.read_text("utf-8").splitlines()
+             if re.match(r"(\$ )?fishlib results .*--plot", line)]
+    assert lines
+    for line in lines:
+        context = main.commands["results"].make_context("results", shlex.split(line.removeprefix("$ "))[2:])
+        chapter = chapters.load(context.params["pattern"])
+        row = {name: one.default for name, one in chapter.parameters.items()}
+        row |= collect._flat(claims.in_chapter(chapter.path.stem)["records"])
+        x, y, hue = context.params["plot"]
+        collect.check_plot(pd.DataFrame([row]), x, y, None if hue == "-" else hue)
 
 
 def test_the_plan_for_a_cluster_counts_right_and_its_file_is_valid(tmp_path):

@@ -144,6 +144,17 @@ def test_params_lists_type_default_valid_values_meaning_and_profiles(chapter):
     assert rows["strength"] == "strength float 0.5 0.5 0 .. 10 weight of the penalty".split()
 
 
+def test_params_cuts_long_values_in_the_table_and_has_them_whole_below(chapter):
+    source = chapter()
+    profiles = source.parent / "profiles"
+    profiles.mkdir()
+    (profiles / "10_small.yml").write_text(f"full:\n  sizes: {[100] * 40}\n")
+    table, below = fishlib("params", source).output.split("\n\n")
+    assert below == f"sizes, full: {[100] * 40}\n"
+    assert max(map(len, table.splitlines())) < 150
+    assert "  [100, 100, 100, 100, 100, 1...  " in table
+
+
 def test_a_profile_with_an_unknown_parameter_is_refused(chapter):
     source = chapter()
     (source.parent / "profiles").mkdir()
