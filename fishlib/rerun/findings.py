@@ -124,8 +124,8 @@ def units(records: Records) -> Finding:
     return Finding(
         "08_unit_pruning", "Which units of a deep network can go?", "test accuracy (%)", bars,
         f"Pruned by the Fisher score of its units and retrained, {100 * records['removed']:.0f} % of its parameters fewer, "
-        f"a network is at {pruned:.1f} % (full: {full:.1f} %), the same small network from scratch, at the learning rate of a first "
-        f"training, at {scratch:.1f} %. How much of that is the rate, the chapter measures on digits.")
+        f"a network is at {pruned:.1f} % (full: {full:.1f} %), the same small network from scratch, at the learning rate of a "
+        f"first training, at {scratch:.1f} %. How much of that is the rate, the chapter measures on digits.")
 
 
 def published() -> list[dict[str, str]]:
