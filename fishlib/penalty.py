@@ -671,6 +671,7 @@ NAMES: dict[str, Callable[[float], Penalty | None]] = {
     "fisher_held": partial(FisherTrace, held=True),
     "fisher_relative": partial(FisherTrace, threat="relative_noise"),
     "fisher_sum": partial(FisherTrace, threat="range_and_relative"),
+    "fisher_held_sum": partial(FisherTrace, threat="range_and_relative", held=True),
     "fisher_isotropic": partial(FisherTrace, threat="isotropic"),
     "fisher_weighted": FisherWeighted,
     "fisher_rounding": lambda strength: FisherWeighted(strength, biases=False, quantize=round_to(4)),
