@@ -50,12 +50,19 @@ class Evaluation:
 @torch.no_grad()
 def evaluate(net: nn.Module, data: ImageData, split: str = "validation",
              batch_size: int | None = None) -> Evaluation:
-    """Loss and accuracy of `net` in evaluation mode on a split of `data`; the network's modes are restored."""
+    """Loss and accuracy of `net` in evaluation mode on a split of `data`; the network's modes are restored.
+
+    Raises
+    ------
+    ValueError
+        a network with fewer outputs than classes
+    """
     device = next((p.device for p in net.parameters()), data.device)
     loss, correct, samples = 0.0, 0, 0
     with evaluation_mode(net):
         for images, labels in data.batches(split, batch_size, shuffle=False):
             logits, labels = net(images.to(device)), labels.to(device)
+            _check_outputs(logits, data)
             loss += F.cross_entropy(logits.float(), labels, reduction="sum").item()
             correct += int((logits.argmax(1) == labels).sum())
             samples += len(labels)
@@ -103,7 +110,7 @@ class Classifier(L.LightningModule):
             images = images.contiguous(memory_format=torch.channels_last)
         logits = self._logits(images)
         if not index:
-            self._check_outputs(logits)
+            _check_outputs(logits, self.trainer.datamodule)
         loss = self.criterion(logits, labels)
         with torch.no_grad():
             correct = (logits.argmax(1) == labels).sum()
@@ -120,14 +127,6 @@ class Classifier(L.LightningModule):
             if "type" in str(error) and any(p.dtype == torch.float64 for p in self.net.parameters()):
                 raise ValueError(f"the network is float64: call .float(), the images are float32 ({error})") from error
             raise
-
-    def _check_outputs(self, logits: Any) -> None:
-        shape, data = tuple(getattr(logits, "shape", ())), self.trainer.datamodule
-        if len(shape) != 2:
-            found = f"numbers of shape {shape}" if shape else f"a {type(logits).__name__}"
-            raise ValueError(f"the network gives {found}, it has to give logits of shape (images, {data.num_classes})")
-        if shape[1] < data.num_classes:
-            raise ValueError(f"the network has {shape[1]} outputs, {data.name} has {data.num_classes} classes: use as many")
 
     def criterion(self, logits: Tensor, labels: Tensor) -> Tensor:
         return F.cross_entropy(logits, labels, label_smoothing=self.label_smoothing)
@@ -272,6 +271,15 @@ def fit(net: nn.Module, data: ImageData, *, epochs: int = 10, optimizer: str | C
         except SystemExit as stop:  # Lightning turns Ctrl-C into an exit, which would end a notebook's kernel
             raise KeyboardInterrupt from stop
     return net.to(data.device).eval(), pd.DataFrame(module.history)
+
+
+def _check_outputs(logits: Any, data: ImageData) -> None:
+    shape = tuple(getattr(logits, "shape", ()))
+    if len(shape) != 2:
+        found = f"numbers of shape {shape}" if shape else f"a {type(logits).__name__}"
+        raise ValueError(f"the network gives {found}, it has to give logits of shape (images, {data.num_classes})")
+    if shape[1] < data.num_classes:
+        raise ValueError(f"the network has {shape[1]} outputs, {data.name} has {data.num_classes} classes: use as many")
 
 
 def _check(epochs: int, optimizer: str | Callable, schedule: str, precision: str, penalty: Any) -> None:

@@ -175,6 +175,8 @@ def test_the_penalty_with_held_confidence_takes_that_gradient():
     torch.testing.assert_close(gradient(penalty.FisherTrace(0.1, share=1.0, held=True)),
                                torch.autograd.grad(0.1 * sum(traces.values()), net[1].weight)[0])
     torch.testing.assert_close(gradient(penalty.named("fisher_held", 0.1)), gradient(penalty.FisherTrace(0.1, held=True)))
+    torch.testing.assert_close(gradient(penalty.named("fisher_held_sum", 0.1)),
+                               gradient(penalty.FisherTrace(0.1, penalty.range_and_relative, held=True)))
 
 
 def test_frozen_and_one_dimensional_tensors_are_left_out_on_request():

@@ -182,6 +182,11 @@ def test_a_network_that_cannot_be_trained_is_refused_before_a_step_and_stays_as_
     assert torch.equal(state, torch.get_rng_state())
 
 
+def test_a_network_with_too_few_outputs_is_not_evaluated_either(small):
+    with pytest.raises(ValueError, match="the network has 5 outputs, digits has 10 classes"):
+        evaluate(nn.Sequential(nn.Flatten(), nn.Linear(64, 5)), small)
+
+
 def test_networks_with_more_outputs_than_classes_or_that_convert_their_images_are_trained(small):
     class Precise(nn.Sequential):
         def forward(self, images):
