@@ -208,7 +208,9 @@ def _data_file(dataset: str) -> Path | None:
 
 @cache
 def _folder_content(folder: Path) -> str:
-    return _digest_of_files(folder, sorted(file for file in folder.rglob("*") if file.is_file()))
+    # What `fishlib.data` passes over must not make another run of the same images.
+    seen = (file for file in folder.rglob("*") if not any(part.startswith(".") for part in file.relative_to(folder).parts))
+    return _digest_of_files(folder, sorted(file for file in seen if file.is_file()))
 
 
 def given_data(root: Path = ROOT) -> str:

@@ -195,7 +195,11 @@ def test_the_identity_changes_with_code_parameters_and_data_but_not_with_text_or
     (folder / "a.png").write_bytes(b"one")
     before = chapters._folder_content.__wrapped__(folder)
     (folder / "a.png").write_bytes(b"two")
-    assert chapters._folder_content.__wrapped__(folder) != before
+    after = chapters._folder_content.__wrapped__(folder)
+    assert after != before
+    (folder / ".thumbnails").mkdir()
+    (folder / ".thumbnails" / "a.png").write_bytes(b"left by a file browser")
+    assert chapters._folder_content.__wrapped__(folder) == after
 
 
 def test_the_identity_changes_with_the_library_and_the_pins_but_not_with_what_only_runs_chapters(tmp_path):
