@@ -342,14 +342,14 @@ def _residuals(logits: Tensor, generator: torch.Generator | None) -> Tensor:
 
 
 def _closed_form(a: Tensor, g: Tensor, parameters: dict[str, Tensor], threat: Threat) -> dict[str, Tensor]:
-    g2, traces = g.square(), {}
+    a2, g2, traces = a * a, g * g, {}  # `square` has twice the operators in its backward pass
     norms = g2.sum(1)
     for name, p in parameters.items():
         S = threat(p)
         if S.ndim == 0:
-            traces[name] = S * (norms if p.ndim == 1 else norms * a.square().sum(1)).sum()
+            traces[name] = S * (norms.sum() if p.ndim == 1 else norms @ a2.sum(1))
         else:
-            traces[name] = (g2 * (S if p.ndim == 1 else F.linear(a.square(), S))).sum()
+            traces[name] = (g2 * (S if p.ndim == 1 else F.linear(a2, S))).sum()
     return traces
 
 
