@@ -360,8 +360,8 @@ class FisherTrace(Penalty):
     and gradient are unbiased (see `fisher_trace`). There are two ways to a small F: outputs that move little with the weights,
     and predictions so sure that moving them changes nothing. The second needs ever larger outputs, and a training can run
     away on it; `held` closes it (in chapter 2 both train LeNet-300-100 alike, and only the held one trains LeNet-5 from every
-    seed). With ``strength = eta ** 2 / 2`` and ``range_noise`` the term is the expected divergence under noise of eta times each
-    tensor's range. Threats add up: ``lambda w: range_noise(w) + 0.3 * relative_noise(w)``.
+    seed). With ``strength = eta ** 2 / 2`` and ``range_noise`` the term is the expected divergence under noise of eta times
+    each tensor's range. Threats add up: ``lambda w: range_noise(w) + 0.3 * relative_noise(w)``.
 
     Parameters
     ----------
