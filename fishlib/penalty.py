@@ -667,6 +667,7 @@ NAMES: dict[str, Callable[[float], Penalty | None]] = {
     "gradient_norm": GradientNorm,
     "distillation": Distillation,
     "kl_noise": KLNoise,
+    "kl_sum": partial(KLNoise, threat="range_and_relative"),
     "fisher_trace": FisherTrace,
     "fisher_held": partial(FisherTrace, held=True),
     "fisher_relative": partial(FisherTrace, threat="relative_noise"),
