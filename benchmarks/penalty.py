@@ -34,10 +34,12 @@ VARIANTS: dict[str, Callable[[], penalty.Penalty | None]] = {
     "FisherTrace, range": lambda: penalty.FisherTrace(1e-3),
     "FisherTrace, range, an eighth": lambda: penalty.FisherTrace(1e-3, share=0.125),
     "FisherTrace, relative": lambda: penalty.FisherTrace(1e-3, "relative_noise"),
+    "FisherTrace, both": lambda: penalty.named("fisher_held_sum", 1e-3),
     "FisherTrace, range, whole batch": lambda: penalty.FisherTrace(1e-3, share=1.0),
     "FisherTrace, range, every 8th": lambda: penalty.FisherTrace(1e-3, every=8),
     "FisherQuantization": lambda: penalty.FisherQuantization(),
     "KLNoise": lambda: penalty.KLNoise(1e-3),
+    "KLNoise, both": lambda: penalty.named("kl_sum", 1e-3),
     "GradientNorm": lambda: penalty.GradientNorm(1e-3),
     "L2": lambda: penalty.L2(1e-4),
     "SAM": lambda: penalty.SAM(),
@@ -45,7 +47,7 @@ VARIANTS: dict[str, Callable[[], penalty.Penalty | None]] = {
 }
 BARS = {"FisherWeighted, adam": (1.10, 1.10), "FisherTrace, range": (1.8, 2.2),
         "FisherTrace, range, an eighth": (1.8, 2.2), "FisherTrace, relative": (1.8, 2.2),
-        "FisherTrace, range, every 8th": (1.3, 1.3)}
+        "FisherTrace, both": (1.8, 2.2), "FisherTrace, range, every 8th": (1.3, 1.3)}
 
 
 class Steps:

@@ -342,7 +342,7 @@ def _residuals(logits: Tensor, generator: torch.Generator | None) -> Tensor:
 
 
 def _closed_form(a: Tensor, g: Tensor, parameters: dict[str, Tensor], threat: Threat) -> dict[str, Tensor]:
-    a2, g2, traces = a * a, g * g, {}  # `square` has twice the operators in its backward pass
+    a2, g2, traces = a * a, g * g, {}  # `square` takes longer backwards
     norms = g2.sum(1)
     for name, p in parameters.items():
         S = threat(p)

@@ -55,7 +55,7 @@ def evaluate(net: nn.Module, data: ImageData, split: str = "validation",
     Raises
     ------
     ValueError
-        a network with fewer outputs than classes
+        a network that gives no logits (images, classes), or fewer of them than there are classes
     """
     device = next((p.device for p in net.parameters()), data.device)
     loss, correct, samples = 0.0, 0, 0

@@ -179,6 +179,18 @@ def test_the_penalty_with_held_confidence_takes_that_gradient():
                                gradient(penalty.FisherTrace(0.1, penalty.range_and_relative, held=True)))
 
 
+def test_the_divergence_for_both_threats_is_that_to_a_copy_changed_by_both():
+    net, (images, labels) = networks()["mlp"].double(), batch()
+
+    def value(chosen):
+        torch.manual_seed(4)
+        return chosen(net, images, labels, net(images))
+
+    both = value(penalty.KLNoise(0.1, threat=penalty.range_and_relative))
+    torch.testing.assert_close(value(penalty.named("kl_sum", 0.1)), both)
+    assert both != value(penalty.named("kl_noise", 0.1))
+
+
 def test_frozen_and_one_dimensional_tensors_are_left_out_on_request():
     net, (images, _) = networks()["mlp"].double(), batch()
     net[1].weight.requires_grad_(False)
