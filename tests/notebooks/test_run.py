@@ -281,6 +281,24 @@ def test_an_interrupted_command_leaves_no_file_and_no_process(tmp_path, chapter,
     assert not (tmp_path / "out").exists()
 
 
+def test_a_folder_that_is_still_written_into_goes_as_well(tmp_path, monkeypatch):
+    scratch, remove, passes = tmp_path / "scratch", child.shutil.rmtree, []
+    scratch.mkdir()
+
+    def disturbed(folder, **options):
+        remove(folder, **options)
+        passes.append(folder)
+        if len(passes) < 3:
+            folder.mkdir()  # as a notebook that is saved meanwhile leaves it
+
+    monkeypatch.setattr(child.shutil, "rmtree", disturbed)
+    monkeypatch.setattr("psutil.Process.children", lambda process, recursive: [])
+    monkeypatch.setattr(child.os, "read", lambda *given: b"")
+    monkeypatch.setattr(child.os, "_exit", lambda status: None)
+    child._end_with_parent(scratch)
+    assert not scratch.exists()
+
+
 def test_two_different_records_of_one_name_are_refused():
     def output(value):
         return {"output_type": "display_data", "data": {}, "metadata": {
