@@ -154,10 +154,11 @@ def divergence_costs(weights: Mapping[str, Tensor], fisher: Mapping[str, Tensor]
 
 
 def allocate(costs: pd.DataFrame, average: float) -> dict[str, int]:
-    """Bits for each group so that the summed divergence is low and the average at most `average` bits a weight.
+    """Bits for each group so that the summed divergence is least and the average at most `average` bits a weight.
 
-    Starts from the fewest bits everywhere and gives more where the divergence falls most for a stored bit, until nothing
-    fits any more. On the convex hull of each group's costs the greedy choice is the optimal one [Shoham and Gersho 1988].
+    A knapsack with one choice a group, solved exactly: group by group, only those choices so far are kept that no other one
+    beats in both stored bits and divergence. Of equal divergences the one of fewer bits is taken. What is spent can be less
+    than the budget, by up to one bit of a group.
 
     Parameters
     ----------
@@ -171,17 +172,24 @@ def allocate(costs: pd.DataFrame, average: float) -> dict[str, int]:
     choices = sorted(column for column in costs.columns if column != "size")
     if average < choices[0]:
         raise ValueError(f"average={average}: the table starts at {choices[0]} bits")
-    bits = dict.fromkeys(costs.index, choices[0])
-    budget = average * costs["size"].sum()
-    while True:
-        spent = sum(costs.loc[name, "size"] * b for name, b in bits.items())
-        steps = [((costs.loc[name, b] - costs.loc[name, more]) / (max(1, costs.loc[name, "size"]) * (more - b)), name, more)
-                 for name, b in bits.items() for more in choices
-                 if more > b and spent + costs.loc[name, "size"] * (more - b) <= budget]
-        if not steps or max(steps)[0] <= 0:
-            return bits
-        _, name, more = max(steps)
-        bits[name] = more
+    sizes = costs["size"].to_numpy(float)
+    budget = average * sizes.sum() * (1 + 1e-12)
+    least_rest = choices[0] * (sizes.sum() - sizes.cumsum())  # what the groups still to come take at least
+    spent, divergence, steps = np.zeros(1), np.zeros(1), []
+    for size, prices, rest in zip(sizes, costs[choices].to_numpy(float), least_rest, strict=True):
+        spent = np.add.outer(spent, size * np.array(choices)).ravel()
+        divergence = np.add.outer(divergence, prices).ravel()
+        order = np.lexsort((divergence, spent))
+        order = order[spent[order] + rest <= budget]
+        lowest = np.minimum.accumulate(divergence[order])
+        order = order[np.append(True, lowest[1:] < lowest[:-1])]
+        spent, divergence = spent[order], divergence[order]
+        steps.append(order)
+    bits, at = {}, -1
+    for name, order in zip(reversed(costs.index), reversed(steps), strict=True):
+        at, choice = divmod(int(order[at]), len(choices))
+        bits[name] = choices[choice]
+    return {name: bits[name] for name in costs.index}
 
 
 def fisher_clusters(fisher: Mapping[str, Tensor], kept: Mapping[str, Tensor], clusters: int) -> dict[str, Tensor]:

@@ -73,6 +73,19 @@ def above(numbers: Sequence[float], bound: float) -> int:
     return sum(number > bound for number in numbers)
 
 
+def clear(one: float, spread: float, other: float, other_spread: float, seeds: int) -> float:
+    """The difference of two means over as many seeds less the half width of its 95 % interval (Welch); above zero where the
+    seeds tell the first to be the larger. LookupError for a single seed, which has no spread."""
+    from scipy import stats
+
+    if seeds < 2:
+        raise LookupError("one seed has no spread")
+    if not spread and not other_spread:
+        return one - other
+    freedom = (seeds - 1) * (spread**2 + other_spread**2) ** 2 / (spread**4 + other_spread**4)
+    return one - other - float(stats.t.ppf(0.975, freedom)) * ((spread**2 + other_spread**2) / seeds) ** 0.5
+
+
 def uncapped(count: float, cap: float) -> float:
     """A count from a search that ended below its cap; LookupError at the cap, where it only says "at least"."""
     if count < cap:
@@ -133,7 +146,7 @@ def judged(files: Sequence[Mapping[str, Any]], chosen: float, fewer: float, erro
 
 
 FUNCTIONS = {"abs": abs, "len": len, "max": max, "min": min, "number": number, "each": each, "gains": gains, "above": above,
-             "uncapped": uncapped, "order": order}
+             "clear": clear, "uncapped": uncapped, "order": order}
 
 
 @dataclass(frozen=True)
@@ -157,7 +170,8 @@ class Experiment:
 class Claim:
     """A claim in the book's words, and the bar that decides it; see `data/claims.yml` for the fields.
 
-    `confidence` is the most that its bar allows: medium where it compares means of which no spread is recorded.
+    `proposal` is S1, S2, or "book" for a claim of the book's own. `confidence` is the most that its bar allows: medium where
+    it compares means of which no spread is recorded, or that the spread over seeds does not tell apart.
     """
 
     id: str
@@ -286,8 +300,8 @@ def value(text: str, records: Mapping[str, Any]) -> Any:
     """
     try:
         return eval(compile(_parse(text), "<claim>", "eval"), {"__builtins__": {}} | FUNCTIONS, dict(records))
-    except NameError as error:
-        raise LookupError(str(error)) from error
+    except (NameError, KeyError) as error:
+        raise LookupError(f"no record {error.name if isinstance(error, NameError) else error.args[0]}") from error
 
 
 def stored(folder: Path | None = None) -> list[dict[str, Any]]:
@@ -437,10 +451,10 @@ def verdict(claim: Claim, book: Book, found: Sequence[dict[str, Any]]) -> Verdic
         return Verdict(VERDICTS[3], "none", conditions=f"the stored run does not decide it: {claim.why or error}")
     if full:
         exact = experiment.profile == "quick" or content["parameters"].get("seeds", 1) >= FEW
-        caveat = f"; {content['provenance']['caveat']}" if content["provenance"].get("stale") else ""
+        stale, caveat = content["provenance"].get("stale"), content["provenance"].get("caveat", "")
         note = f"; {file['judged_note']}" if file else ""
-        return Verdict(word, "low" if caveat else claim.confidence if exact else "medium", measured,
-                       conditions=f"profile {experiment.profile}{note}{caveat}")
+        return Verdict(word, "low" if stale else claim.confidence if exact else "medium", measured,
+                       conditions=f"profile {experiment.profile}{note}" + (f"; {caveat}" if caveat else ""))
     return Verdict(VERDICTS[3], "low", measured, word, _conditions(content, settled(experiment)))
 
 
