@@ -211,8 +211,9 @@ class NaturalGradient(torch.optim.Optimizer):
     see each forward pass in training; on every `every`-th one, labels are drawn from the prediction and one more backward pass
     updates the moving averages of the factors (sampled Fisher information, mean over images). Linear and Conv2d modules
     used once a pass get blocks; every other parameter the diagonal, from the squared batch gradient of the drawn labels over
-    the batch size. A step is shortened where 1/2 (lr / (1 - momentum))^2 d^T F d, about the KL it would cause with its
-    momentum, exceeds `max_kl`.
+    the batch size. A step is shortened where 1/2 (lr / (1 - momentum))^2 d^T (F + damping I) d exceeds `max_kl`, d the
+    preconditioned gradient and F that of the blocks: to second order, as far as the blocks stand for F and earlier steps were
+    like this one, a bound on the KL that it causes with its momentum.
 
     The hooks hold no reference to the optimizer: they vanish with it, at `remove()`, and in copies and files of the network.
 
@@ -225,7 +226,7 @@ class NaturalGradient(torch.optim.Optimizer):
     decay : of the moving averages of factors
     every : forward passes between updates of the factors
     weight_decay : decoupled, theta <- theta (1 - lr weight_decay)
-    max_kl : nats a step may change predictions by, to second order; None for no limit
+    max_kl : nats a step may change predictions by, as bounded above; None for no limit
     generator : of the drawn labels; None draws from fresh entropy
     """
 

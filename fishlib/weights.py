@@ -428,8 +428,9 @@ class Pruning(L.Callback):
     Parameters
     ----------
     sparsity : s_T, the share of the prunable weights to remove
-    by : "magnitude"; "fisher_weight", 1/2 w^2 F with F from Adam's second moment, "fisher", that F alone, and "taylor",
-        (g w)^2 with Adam's averages, all three free of cost; "random"; or a function from the network to scores
+    by : "magnitude"; "fisher_weight", 1/2 w^2 F with F from Adam's second moment up to a common factor (v is neither
+        bias-corrected nor multiplied by the batch size), "fisher", that F alone, and "taylor", (g w)^2 with Adam's averages,
+        all three free of cost; "random"; or a function from the network to scores
     scope : as for `select`
     start, end : shares of the training between which the removal takes place
     updates : number of times that the masks change

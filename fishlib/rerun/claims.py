@@ -429,8 +429,8 @@ def verdict(claim: Claim, book: Book, found: Sequence[dict[str, Any]]) -> Verdic
     """What the results at hand say of a claim.
 
     Of high confidence is a run of full size with three seeds or more, or exact arithmetic, unless the claim's own field
-    `confidence` says medium; of medium confidence a run of full size with fewer seeds. A smaller run gives a provisional
-    word, of low confidence, unless the bar is a published number, which is one of full size.
+    `confidence` says medium; of medium confidence a run of full size with fewer seeds, or with a caveat. A smaller run gives a
+    provisional word, of low confidence, unless the bar is a published number, which is one of full size.
     """
     if not claim.run or not claim.holds:
         return Verdict(VERDICTS[3], "none", conditions=claim.why)
@@ -452,10 +452,17 @@ def verdict(claim: Claim, book: Book, found: Sequence[dict[str, Any]]) -> Verdic
     if full:
         exact = experiment.profile == "quick" or content["parameters"].get("seeds", 1) >= FEW
         stale, caveat = content["provenance"].get("stale"), content["provenance"].get("caveat", "")
-        note = f"; {file['judged_note']}" if file else ""
-        return Verdict(word, "low" if stale else claim.confidence if exact else "medium", measured,
-                       conditions=f"profile {experiment.profile}{note}" + (f"; {caveat}" if caveat else ""))
+        confidence = "low" if stale else claim.confidence if exact and not caveat else "medium"
+        said = [f"profile {experiment.profile}", *_beyond(content["parameters"]), file.get("judged_note"), caveat]
+        return Verdict(word, confidence, measured, conditions="; ".join(filter(None, said)))
     return Verdict(VERDICTS[3], "low", measured, word, _conditions(content, settled(experiment)))
+
+
+def _beyond(parameters: Mapping[str, Any]) -> list[str]:
+    """What a reader has to know of a run of full size beside its profile."""
+    words = {"seeds": "{} seeds", "limit": "{} images for training", "test_limit": "{} test images",
+             "shift": "training images moved by up to {} pixels"}
+    return [text.format(parameters[name]) for name, text in words.items() if parameters.get(name)]
 
 
 def _judged(records: Mapping[str, Any], row: Mapping[str, Any]) -> dict[str, Any]:

@@ -22,6 +22,7 @@ PUBLISHED = STORED.parent / "published.csv"
 # Rows of published.csv that a run under the same conditions is held against.
 SIZES = {("mnist", "lenet300"): ("han-300", "sws-300"), ("mnist", "lenet5"): ("han-lenet5", "sws-lenet5")}
 DATASETS = ("digits", "mnist", "cifar10", "cifar100", "svhn")  # from small to large
+RIVALS = {"weight_noise": "training under noise", "kl_noise": "divergence to a noisy copy"}
 OURS, PLAIN, CONTROL = "#0173b2", "#949494", "#de8f05"
 
 
@@ -48,17 +49,21 @@ class Finding:
 
 
 def noise(records: Records) -> Finding:
-    """Chapter 2: accuracy under weight noise with and without the penalty."""
+    """Chapter 2: accuracy under weight noise with and without the penalty, and by its simpler rivals where they were run."""
     penalty, spread = records["penalty"], records["accuracy_std"]
     with_it, without = 100 * records["ours_noise_20"], 100 * records["bare_noise_20"]
     label = f"{penalty.replace('_', ' ').replace('fisher', 'Fisher')} penalty"
+    rivals = {name: Bar(words, 100 * records["accuracy"][name]["noise_20"], CONTROL, 100 * spread[name]["noise_20"])
+              for name, words in RIVALS.items() if name in records["accuracy"]}
+    beside = "".join(f"; {bar.label} {bar.value:.1f} %" for bar in rivals.values())
     return Finding(
         "02_fisher_regularized_training", "Can training make a network bear noise in its weights?",
         "test accuracy under noise of 0.2 of the range (%)",
         [Bar("no penalty", without, PLAIN, 100 * spread["none"]["noise_20"]),
-         Bar(label, with_it, OURS, 100 * spread[penalty]["noise_20"])],
+         Bar(label, with_it, OURS, 100 * spread[penalty]["noise_20"]), *rivals.values()],
         f"Under noise of a fifth of each tensor's range, a network trained with the {label} keeps {with_it:.1f} % "
-        f"test accuracy, one without {without:.1f} %.")
+        f"test accuracy, one without {without:.1f} %{beside}."
+        + " The divergence does without the Fisher information." * ("kl_noise" in rivals))
 
 
 def size(records: Records) -> Finding:
@@ -70,8 +75,9 @@ def size(records: Records) -> Finding:
     return Finding(
         "03_pruning_and_quantization", "How few bytes hold a network?", "times smaller than the float32 network",
         [Bar("fewer weights", fewer), Bar("fewer bytes in the file", ratio, OURS), *others],
-        f"The file that decodes to the pruned and quantised network is {ratio:.0f} times smaller than uncompressed, "
-        f"at a test error of {lost:.1f} % (before: {dense:.1f} %).")
+        f"The file that decodes to the pruned and quantised network is {ratio:.0f} times smaller than uncompressed, at a "
+        f"test error of {lost:.1f} % after {records['file_passes']} passes over the training images (the uncompressed "
+        f"network, after {records['epochs']}: {dense:.1f} %).")
 
 
 def channels(records: Records) -> Finding:

@@ -7,7 +7,9 @@ import shutil
 import subprocess
 
 import nbformat
+import numpy as np
 import pytest
+from scipy import stats
 from small_chapters import write_chapter
 
 from fishlib.rerun import chapters, child, claims, run
@@ -106,6 +108,44 @@ def test_a_count_at_the_cap_of_its_search_decides_nothing(book):
     capped = claims.verdict(book(holds="accuracy > uncapped(3, strength)").claims["better"], one, [results(5.0)])
     assert capped.word == "not yet run"
     assert "only says at least" in capped.conditions
+
+
+def test_a_difference_is_clear_where_the_interval_of_the_samples_themselves_leaves_out_zero():
+    random = np.random.default_rng(0)
+    one, other = random.normal(3, 1, 5), random.normal(1, 0.2, 5)
+    low = stats.ttest_ind(one, other, equal_var=False).confidence_interval(0.95).low
+    assert claims.clear(one.mean(), one.std(ddof=1), other.mean(), other.std(ddof=1), 5) == pytest.approx(low)
+    assert claims.clear(0.9, 0.0, 0.5, 0.0, 3) == pytest.approx(0.4)
+    with pytest.raises(LookupError, match="one seed"):
+        claims.clear(0.9, 0.0, 0.5, 0.0, 1)
+
+
+def test_a_caveat_is_told_and_lowers_the_confidence(book):
+    one = book()
+    sound = claims.verdict(one.claims["better"], one, [results(seeds=3)])
+    caveat = {"caveat": "Half of the images were black."}
+    flawed = claims.verdict(one.claims["better"], one, [results(seeds=3, provenance=caveat)])
+    assert (sound.confidence, flawed.confidence) == ("high", "medium")
+    assert "Half of the images were black." in flawed.conditions
+    assert "3 seeds" in sound.conditions
+
+
+def test_what_is_stored_at_full_size_decides_the_claims_that_name_it():
+    """A key that no run has would leave a claim "not yet run" for ever."""
+    for _, row in claims.table().iterrows():
+        if row.record in ("current", "stale", "unknown") and row.run:
+            assert row.verdict != "not yet run" or claims.load().claims[row.claim].why, (row.claim, row.conditions)
+
+
+def test_each_part_of_the_scorecard_has_the_claims_of_its_own_proposal():
+    cells = chapters.read(chapters.CHAPTERS / "09_scorecard.ipynb").cells
+    source = next(cell.source for cell in cells if cell.cell_type == "code" and "parts = {" in cell.source)
+    names = {"claims": claims, "book": claims.load(), "found": claims.stored()}
+    exec(source[:source.index("def shown")], names)
+    scored, parts = names["scored"], names["parts"]
+    assert sum(mask.astype(int) for mask in parts.values()).eq(1).all()
+    assert set(scored.proposal[parts["units"]]) == {"S2", "S1 + S2"}
+    assert set(scored.proposal[parts["weights"] | parts["channels"]]) == {"S1", "book"}
 
 
 def test_orders_of_layers_are_compared_over_those_that_both_have():
