@@ -18,8 +18,7 @@ book: .venv/installed
 	$(BIN)/fishlib render
 	@echo "== The book: $(CURDIR)/_build/html/index.html"
 
-pdf: .venv/installed
-	test -f _build/html/searchindex.js || $(MAKE) book
+pdf: book
 	@echo "== Printing the site by Chromium"
 	$(BIN)/fishlib pdf
 

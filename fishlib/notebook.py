@@ -279,8 +279,11 @@ def kept(path: str | Path | None, compute: Callable[[], pd.DataFrame]) -> pd.Dat
     table = compute()
     if path:
         part = path.with_name(f"{path.name}.part{os.getpid()}")
-        table.to_csv(part, index=False)
-        part.replace(path)
+        try:
+            table.to_csv(part, index=False)
+            part.replace(path)
+        finally:
+            part.unlink(missing_ok=True)
     return table
 
 

@@ -76,6 +76,14 @@ def test_commands_are_found_in_the_pages():
     assert len(commands()) > 15
 
 
+def test_printing_the_book_renders_it_first_also_where_there_is_a_site():
+    assert "\npdf: book\n" in (ROOT / "Makefile").read_text(encoding="utf-8")
+
+
+def test_reasons_of_skipped_tests_are_told(pytestconfig):
+    assert "-rs" in pytestconfig.getini("addopts")
+
+
 def test_every_page_of_a_reader_is_in_the_contents():
     toc = yaml.safe_load((ROOT / "_toc.yml").read_text(encoding="utf-8"))
     listed = {toc["root"], *(entry["file"] for part in toc["parts"] for entry in part["chapters"])}

@@ -121,7 +121,10 @@ def _profiles(path: Path) -> dict[str, dict[str, Any]]:
     file = path.parent / "profiles" / f"{path.stem}.yml"
     if not file.is_file():
         return {"quick": {}}
-    content = yaml.safe_load(file.read_text(encoding="utf-8")) or {}
+    try:
+        content = yaml.safe_load(file.read_text(encoding="utf-8")) or {}
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ValueError(f"{file} is not YAML ({' '.join(str(error).split())}): correct it") from error
     if not isinstance(content, dict) or not all(isinstance(values or {}, dict) for values in content.values()):
         raise ValueError(f"{file} has to map the name of each profile to its parameters' values")
     return {"quick": {}} | {str(name): values or {} for name, values in content.items()}

@@ -7,6 +7,7 @@ the command itself cannot be followed (nothing was run then); 130 when it was in
 from __future__ import annotations
 
 import errno
+import fcntl
 import json
 import os
 import re
@@ -43,6 +44,16 @@ def checking() -> Iterator[None]:
         yield
     except ValueError as error:
         raise BadInput(str(error)) from error
+
+
+class FilePath(click.Path):
+    """The path of a file to write. It has a name: that of "" would be the folder that one is in."""
+
+    def convert(self, value: Any, parameter: click.Parameter | None, context: click.Context | None) -> Path:
+        path = Path(super().convert(value, parameter, context))
+        if path.name in ("", ".."):
+            self.fail(f"{str(value)!r} names no file: write folder/name", parameter, context)
+        return path
 
 
 class Display:
@@ -121,7 +132,8 @@ def run(names: Sequence[str], profile: str, given: Sequence[tuple[str, str]], wh
 
     With --claims, the runs that decide the proposals' claims are made one after the other, the shortest first, and their
     results stored in data/runs. It can be killed at any moment: start it again, and what was trained is not trained again
-    where the chapter keeps checkpoints. The exit status is 0 when all of them are made, so that a shell can repeat it.
+    where the chapter keeps checkpoints. Several such commands at once share the work. The exit status is 0 when all of them
+    are made, so that a shell can repeat it.
     """
     with checking():
         _check_claims(which, names, budget, profile != "quick" or given or out or jobs or timeout or force)
@@ -227,8 +239,32 @@ def _kept(folder: Path) -> dict[Path, tuple[int, int]]:
     return {file: (about.st_size, about.st_mtime_ns) for file, about in files}
 
 
+@contextmanager
+def _alone(file: Path) -> Iterator[bool]:
+    """Hold the lock `file`; whether no other process does. The kernel gives it back when a process ends, however it ends."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    with file.open("a") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            held = os.path.samestat(os.fstat(lock.fileno()), file.stat())  # else its last holder has just removed it
+        except (BlockingIOError, FileNotFoundError):
+            held = False
+        try:
+            yield held
+        finally:
+            if held:
+                file.unlink(missing_ok=True)
+
+
 def _make(one: Any, plan: runs.Run, expected: float, left: float | None, display: Display) -> bool:
     """Run an experiment, or go on with it, and store its results; whether they are stored."""
+    with _alone(_slices_file(plan).with_suffix(".lock")) as alone:
+        if not alone:
+            display.line(f"{one.id}: another process works on it")
+        return alone and _make_alone(one, plan, expected, left, display)
+
+
+def _make_alone(one: Any, plan: runs.Run, expected: float, left: float | None, display: Display) -> bool:
     from fishlib.rerun import claims as judging
 
     folder, parts = chapters.BUILD / "checkpoints" / plan.identity, _slices_file(plan).is_file()
@@ -440,7 +476,7 @@ def render(executed: Path | None, out: Path | None) -> None:
 
 
 @main.command()
-@click.option("--out", type=click.Path(path_type=Path, dir_okay=False), help="The file. Default: _build/book.pdf.")
+@click.option("--out", type=FilePath(dir_okay=False), help="The file. Default: _build/book.pdf.")
 def pdf(out: Path | None) -> None:
     """Print the rendered site to one PDF, by Chromium; ends with its path."""
     from fishlib.rerun import pdf as printing
@@ -456,16 +492,22 @@ def pdf(out: Path | None) -> None:
 
 
 def _refuse_stale(executed: Path, advice: str) -> None:
-    if stale := _stale(executed):
+    try:
+        stale = _stale(executed)
+    except ValueError as error:
+        raise click.ClickException(f"{error}, and run its chapter again") from error
+    if stale:
         raise click.ClickException(f"{', '.join(stale)} ran with another state of chapter, library, data or pins: "
                                    + advice.format(" ".join(stale)))
 
 
 def _stale(executed: Path) -> list[str]:
     """Chapters whose run is not what they would give now."""
+    from fishlib.rerun import collect
+
     stale = []
     for file in sorted([*executed.glob("results.json"), *executed.glob("*/results.json")]):
-        content = json.loads(file.read_text(encoding="utf-8"))
+        content = collect.read(file)
         source, values = chapters.CHAPTERS / f"{content['chapter']}.ipynb", content["parameters"]
         if source.is_file():
             now = runs.Run(source, "", values, chapters.load(source).identity(values), file.parent.resolve())
@@ -552,6 +594,8 @@ def sweep(name: str, words: Sequence[str], profile: str, given: Sequence[tuple[s
             point = " ".join(f"{axis}={one.parameters[axis]}" for axis in axes)
             display.line(f"{'to do   ' if one in waiting else 'finished'}  {point}  {_short(one.folder)}")
         return
+    if waiting and not scheduler and not slurm:  # elsewhere the folder may be another machine's
+        runs.check_writable(waiting[0].folder)
     if device is None:
         device = not scheduler and not slurm and len(devices.available()) > 1
     options = {"force": force, "timeout": timeout, "device": device}
@@ -672,7 +716,7 @@ def assign(names: Sequence[str], seed: int, out: Path | None, no_check: bool, bo
 @click.option("--seed", type=click.IntRange(min=0), help="The number that was given out. Default: the notebook's own.")
 @click.option("--seconds", type=click.FloatRange(min=1), default=180, show_default=True, help="Limit of a submission.")
 @click.option("--cell-seconds", type=click.FloatRange(min=1), default=60, show_default=True, help="Limit of a cell.")
-@click.option("--out", type=click.Path(path_type=Path, dir_okay=False), help="Table to write (CSV), a line each.")
+@click.option("--out", type=FilePath(dir_okay=False), help="Table to write (CSV), a line each.")
 @click.option("--unconfined", is_flag=True, help="Grade also where a process cannot be kept from writing elsewhere.")
 def grade(submissions: Sequence[Path], autograder: Path | None, seed: int | None, seconds: float, cell_seconds: float,
           out: Path | None, unconfined: bool) -> None:
@@ -682,6 +726,8 @@ def grade(submissions: Sequence[Path], autograder: Path | None, seed: int | None
     """
     from fishlib.rerun import grade as grading
 
+    if out:
+        runs.check_writable(out.parent)
     grades = []
     try:
         for submission in submissions:
@@ -704,8 +750,7 @@ def grade(submissions: Sequence[Path], autograder: Path | None, seed: int | None
 @click.argument("pattern", default="*")
 @click.option("--in", "folders", multiple=True, type=click.Path(path_type=Path, file_okay=False, exists=True),
               help="Where to look. Default: _build/runs and data/runs (the stored full-size runs). Repeatable.")
-@click.option("--out", type=click.Path(path_type=Path),
-              help="Path of the tables, without ending. Default: _build/results.")
+@click.option("--out", type=FilePath(), help="Path of the tables, without ending. Default: _build/results.")
 @click.option("--summary", "summarise", is_flag=True,
               help="Mean, standard deviation, 95 % interval and n of each record for each setting, over seeds.")
 @click.option("--plot", nargs=3, metavar="X Y HUE",
@@ -720,6 +765,7 @@ def results(pattern: str, folders: Sequence[Path], out: Path | None, summarise: 
     from fishlib.rerun import collect
 
     out = out or chapters.BUILD / "results"
+    runs.check_writable(out.parent)
     try:
         table = collect.results(pattern, list(folders) or None)
         if table.empty:

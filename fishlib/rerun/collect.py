@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     import pandas as pd
 
 STORED = chapters.ROOT / "data" / "runs"
+KINDS = {"chapter": str, "parameters": dict, "records": dict, "provenance": dict}  # what a run leaves
 FEW = 5  # names in one message
 WIDE = 24  # letters of a text that still fits a table in a terminal
 
@@ -61,13 +62,19 @@ def stored(pattern: str = "*") -> pd.DataFrame:
 
 def _read(folders: Iterable[Path]) -> Iterable[tuple[Path, dict[str, Any]]]:
     for file in sorted({file.resolve() for folder in folders for file in Path(folder).rglob("results.json")}):
-        try:
-            content = json.loads(file.read_text(encoding="utf-8"))
-            content["records"], content["parameters"], content["provenance"], content["chapter"]
-        except (ValueError, KeyError, TypeError) as error:
-            reason = f"{type(error).__name__}: {error}"
-            raise ValueError(f"{file} is not the results of a run ({reason}): remove it") from error
-        yield file, content
+        yield file, read(file)
+
+
+def read(file: Path) -> dict[str, Any]:
+    """What a run left in its results.json; ValueError, with the file, if that is damaged."""
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+        for name, kind in KINDS.items():
+            if not isinstance(content[name], kind):
+                raise TypeError(f"{name} is {type(content[name]).__name__}, not {kind.__name__}")
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{file} is not the results of a run ({type(error).__name__}: {error}): remove it") from error
+    return content
 
 
 def _matches(file: Path, chapter: str, pattern: str) -> bool:

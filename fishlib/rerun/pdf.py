@@ -16,7 +16,8 @@ from typing import TYPE_CHECKING, Any
 import yaml
 
 from fishlib.rerun import browser
-from fishlib.rerun.render import ROOT, pages
+from fishlib.rerun.render import ROOT, outdated, pages
+from fishlib.rerun.run import check_writable
 
 if TYPE_CHECKING:
     from pypdf import PdfReader, PdfWriter
@@ -72,12 +73,18 @@ def print_book(site: Path | None = None, out: Path | None = None, root: Path = R
     Raises
     ------
     ValueError
-        a site that is not built or lacks a page of the contents; no Chromium, no Playwright or no pypdf
+        a site that is not built, lacks a page of the contents or is older than one; no Chromium, no Playwright or no pypdf
+    OSError
+        `out` cannot be written; this is tried before the pages are printed
     """
     site, out = Path(site or root / "_build" / "html"), Path(out or root / "_build" / "book.pdf")
+    check_writable(out.parent)
     files = [page.with_suffix(".html").as_posix() for page in pages(root)]
-    if missing := [file for file in files if not (site / file).is_file()]:
+    if missing := [file for file in (*files, "searchindex.js") if not (site / file).is_file()]:
         raise ValueError(f"{site} lacks {missing[0]}: render the book first, `fishlib render`")
+    if newer := outdated(site, root):
+        more = f" and {len(newer) - 1} more" if len(newer) > 1 else ""
+        raise ValueError(f"{site} is older than {newer[0]}{more}: render the book again, `fishlib render`")
     try:
         from pypdf import PdfWriter
     except ImportError as error:

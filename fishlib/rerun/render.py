@@ -17,7 +17,7 @@ import nbformat
 import yaml
 
 from fishlib.rerun import assets, findings
-from fishlib.rerun.run import swap, with_outputs
+from fishlib.rerun.run import check_writable, swap, with_outputs
 
 ROOT = Path(__file__).resolve().parents[2]
 ASSIGNMENTS = Path("chapters/assignments")  # shown as they are: the blanks in them are the reader's to fill
@@ -53,6 +53,7 @@ def render(executed: Path | None = None, out: Path | None = None, root: Path = R
     out = Path(out or root / "_build" / "html").resolve()
     if out.is_dir() and any(out.iterdir()) and not (out / "searchindex.js").is_file():
         raise RenderError(f"{out} holds something other than a site: name another folder, or an empty one")
+    check_writable(out.parent)
     source = stage(executed, root / "_build" / "source", root)
     out.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=out.parent, prefix=".render-") as work:
@@ -65,6 +66,15 @@ def pages(root: Path = ROOT) -> list[Path]:
     from sphinx_external_toc.parsing import parse_toc_yaml
 
     return [_source(root, name) for name in parse_toc_yaml(root / "_toc.yml")]
+
+
+def outdated(site: Path, root: Path = ROOT) -> list[Path]:
+    """The pages of the book, executions of its chapters and settings that are newer than the site, relative to `root`."""
+    rendered = (site / "searchindex.js").stat().st_mtime
+    listed, executed = pages(root), Path("_build") / "executed"
+    made = [place / page.name for page in listed for place in (executed / page.stem, executed)]
+    files = [file for file in (Path("_toc.yml"), Path("_config.yml"), *listed, *made) if (root / file).is_file()]
+    return [file for file in files if (root / file).stat().st_mtime > rendered]
 
 
 def _source(root: Path, name: str) -> Path:

@@ -156,7 +156,8 @@ def execute(run: Run, timeout: float | None = None, environment: Mapping[str, st
             running: Running | None = None) -> Outcome:
     """Execute a run by papermill in a process of its own; it leaves notebook and results.json, or a partial notebook.
 
-    The process ends with this one, however this one ends. Nothing is written to the run's folder before the end.
+    The process ends with this one, however this one ends. Nothing is written to the run's folder before the end, but whether
+    something could be is tried first: a chapter may take days.
 
     Parameters
     ----------
@@ -166,6 +167,11 @@ def execute(run: Run, timeout: float | None = None, environment: Mapping[str, st
     """
     running = running or Running()
     started = time.monotonic()
+    try:
+        check_writable(run.folder)
+    except OSError as error:
+        return Outcome("failed", 0.0, f"{run.chapter.stem}: not started, for {run.folder} cannot be written to "
+                                      f"({error.strerror or error}): make room, or name another folder")
     with tempfile.TemporaryDirectory(prefix="fishlib-", ignore_cleanup_errors=True) as scratch:
         with (Path(scratch) / "log").open("w+", encoding="utf-8", errors="replace") as log:
             process = _spawn(run, Path(scratch), environment or {}, log)
@@ -281,6 +287,20 @@ def _keep_partial(run: Run, notebook: Path) -> Path | None:
     except (OSError, ValueError):
         return None
     return run.partial
+
+
+def check_writable(folder: Path) -> None:
+    """OSError if nothing can be written to `folder`, or, where it is still to be made, to the folder that it goes into.
+
+    It is neither made for that nor is anything left in it.
+    """
+    folder = Path(folder).resolve()
+    there = next(place for place in (folder, *folder.parents) if place.exists())
+    try:
+        with tempfile.TemporaryFile(dir=there) as probe:
+            probe.write(b"fishlib")
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, str(folder)) from error  # not the name of the probe
 
 
 def write(path: Path, text: str) -> None:

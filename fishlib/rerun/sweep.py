@@ -195,11 +195,28 @@ def cluster(scheduler: str | None = None, workers: int | None = None, slurm: Pat
 def _remote(address: str) -> Client:
     from distributed import Client
 
+    _check_address(address)
     try:
         return Client(address, timeout=10, set_as_default=False)
     except (OSError, ValueError, TimeoutError) as error:
         raise ValueError(f"no Dask scheduler answers at {address} ({error}): start one by `dask scheduler` and give "
                          "the address that it prints, such as tcp://10.0.0.1:8786") from error
+
+
+def _check_address(address: str) -> None:
+    """Refuse what is no address: Dask would try it all the same, and end with a traceback."""
+    from distributed.comm import parse_address, parse_host_port
+    from distributed.comm.registry import get_backend
+
+    try:
+        scheme, place = parse_address(address)
+        get_backend(scheme)
+        host, port = parse_host_port(place)
+        if not host or not 0 < port < 2**16:
+            raise ValueError("it needs a host and a port from 1 to 65535")
+    except ValueError as error:
+        raise ValueError(f"{address!r} is no address of a Dask scheduler ({error}): give the one that `dask scheduler` prints, "
+                         "such as tcp://10.0.0.1:8786") from error
 
 
 def _local(workers: int, device: bool) -> Any:

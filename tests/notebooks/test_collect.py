@@ -127,13 +127,33 @@ def test_a_run_that_was_stored_unchanged_counts_once(folders):
     assert table["file"][0].startswith(str(folders[1]))
 
 
-def test_a_damaged_file_and_a_clash_of_names_are_refused(folders):
-    run = leave(folders[0], {"strength": 2.0}, seed=0, strength=1.0)
+def test_a_record_named_as_a_parameter_of_another_value_is_refused(folders):
+    leave(folders[0], {"strength": 2.0}, seed=0, strength=1.0)
     with pytest.raises(ValueError, match="strength are named as parameters"):
         collect.results()
-    (run / "results.json").write_text("{")
-    with pytest.raises(ValueError, match=r"results\.json is not the results of a run"):
-        collect.results()
+
+
+@pytest.mark.parametrize("change", [
+    {"records": [1.0]}, {"parameters": "seed"}, {"provenance": None}, {"chapter": 7}, "{", "[]"], ids=str)
+def test_a_file_that_is_not_the_results_of_a_run_is_named(folders, tmp_path, change):
+    file = leave(folders[0], {"accuracy": 0.9}, seed=0) / "results.json"
+    whole = json.loads(file.read_text(encoding="utf-8"))
+    file.write_text(change if isinstance(change, str) else json.dumps(whole | change))
+    result = fishlib_results(tmp_path)
+    assert result.exit_code == 1
+    assert f"{file} is not the results of a run (" in result.output
+    assert "): remove it" in result.output
+
+
+@pytest.mark.parametrize("words", [["results"], ["pdf"], ["grade", "one.ipynb"]], ids=lambda words: words[0])
+@pytest.mark.parametrize("out", ["", ".", "/", "folder/.."])
+def test_a_path_without_a_file_name_is_refused_before_anything_is_done(folders, words, out, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    leave(folders[0], {"accuracy": 0.9}, seed=0)
+    result = CliRunner().invoke(main, [*words, "--out", out])
+    assert result.exit_code == 2
+    assert "names no file" in result.output or "is a directory" in result.output
+    assert "accuracy" not in result.output
 
 
 def test_runs_from_several_states_of_the_library_are_noted(folders, tmp_path):

@@ -1,11 +1,13 @@
 """Full disks, folders closed to writing, Ctrl-C, odd paths and foreign files: no command leaves half a result."""
 
+import ast
 import errno
+import json
 import os
 import pickle
-import re
 import resource
 import signal
+import sys
 import tarfile
 from contextlib import contextmanager
 from pathlib import Path
@@ -18,10 +20,9 @@ import torch
 from click.testing import CliRunner
 from small_chapters import eventually, lines, load, raising
 
-import fishlib
-from fishlib import codec, data, training, units
+from fishlib import codec, data, notebook, training, units
 from fishlib.nets import mlp
-from fishlib.rerun import assign, chapters, cli, collect, grade, refresh, render, run
+from fishlib.rerun import assign, browser, chapters, cli, collect, grade, refresh, render, run, sweep
 
 MARK = "from pathlib import Path; Path({file!r}).write_text('here')"
 TABLE = pd.DataFrame({"x": np.arange(500.0), "y": np.arange(500.0) ** 2})
@@ -34,10 +35,13 @@ WRITERS = {
     "collected table": lambda folder: collect.save(TABLE, folder / "table"),
     "plot": lambda folder: collect.plot(TABLE, "x", "y", None, folder / "plot.png"),
     "data set": lambda folder: data._write(folder / "set.npz", {"images": BLOB}),
+    "table of a chapter": lambda folder: notebook.kept(folder / f"{len(content(folder))}.csv", lambda: TABLE),
     "compressed network": lambda folder: codec._write_whole(folder / "net.fish", BLOB.tobytes()),
     "stage of unit pruning": lambda folder: units._replace(folder / "stage.pt", lambda path: torch.save(
         {"w": torch.from_numpy(BLOB)}, path)),
 }
+CLOSED = Path("/sys/fishlib")  # nobody can make this folder, not even root
+has_closed = pytest.mark.skipif(not CLOSED.parent.is_dir(), reason="no /sys, where nobody can write")
 
 
 def fishlib_command(*words):
@@ -51,12 +55,14 @@ def content(folder):
 @contextmanager
 def disk_that_fills_after(size):
     """Every write beyond `size` bytes of a file fails in the middle, as on a full disk."""
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    before, compiles = resource.getrlimit(resource.RLIMIT_FSIZE), sys.dont_write_bytecode
+    sys.dont_write_bytecode = True  # Python would keep half a compiled module without an error
     resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
     try:
         yield
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
+        sys.dont_write_bytecode = compiles
 
 
 @pytest.mark.parametrize("trouble", TROUBLES.values(), ids=TROUBLES)
@@ -90,9 +96,11 @@ def test_checkpoint_of_a_training_is_the_former_one_when_the_new_one_cannot_be_w
     assert list(content(tmp_path).values()) == list(before.values())
 
 
-def test_run_on_a_full_disk_fails_with_one_sentence_and_leaves_no_result(tmp_path, chapter, command):
+@pytest.mark.parametrize("words", [("run",), ("sweep", "-g", "seed=0", "--workers", 1)], ids=["run", "sweep"])
+def test_run_on_a_full_disk_fails_with_one_sentence_and_leaves_no_result(words, tmp_path, chapter, command, monkeypatch):
+    monkeypatch.setenv("PYTHONDONTWRITEBYTECODE", "1")  # as in disk_that_fills_after
     # Small files still fit: what a kernel needs to start. The notebook does not.
-    process = command("run", chapter("print('x' * 2_000_000)"), "--out", tmp_path / "out",
+    process = command(words[0], chapter("print('x' * 2_000_000)"), *words[1:], "--out", tmp_path / "out",
                       preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (1_000_000, 1_000_000)))
     told, _ = process.communicate(timeout=120)
     assert process.returncode == 1
@@ -100,18 +108,101 @@ def test_run_on_a_full_disk_fails_with_one_sentence_and_leaves_no_result(tmp_pat
     assert "File too large" in told
     assert "Traceback" not in told
     # What there is of the notebook is kept under another name, if it is whole.
-    assert not (tmp_path / "out" / "results.json").exists()
-    for file in (tmp_path / "out").glob("*"):
-        assert file.name.endswith(".failed.ipynb")
-        nbformat.read(file, 4)
+    for name in content(tmp_path / "out"):
+        assert name.endswith(".failed.ipynb")
+        nbformat.read(tmp_path / "out" / name, 4)
 
 
-def test_run_into_a_folder_that_cannot_be_made_says_so(tmp_path, chapter):
-    (tmp_path / "file").write_text("in the way")
-    result = fishlib_command("run", chapter(), "--out", tmp_path / "file" / "out")
+@pytest.mark.parametrize("place", ["in the way", pytest.param(CLOSED, marks=has_closed)])
+def test_run_into_a_folder_that_cannot_be_made_says_so_and_is_not_started(place, tmp_path, chapter):
+    (tmp_path / "in the way").write_text("a file")
+    before, source = content(tmp_path), chapter(MARK.format(file=str(tmp_path / "ran")))
+    result = fishlib_command("run", source, "--out", tmp_path / place / "out")
     assert result.exit_code == 1
-    assert "could not be written" in result.output
-    assert (tmp_path / "file").read_text(encoding="utf-8") == "in the way"
+    assert f"not started, for {tmp_path / place / 'out'} cannot be written to (" in result.output
+    assert "name another folder" in result.output
+    source.unlink()
+    assert content(tmp_path) == before
+
+
+@has_closed
+@pytest.mark.parametrize("words", [("sweep", "{chapter}", "-g", "seed=0..9"), ("results",), ("render",), ("pdf",),
+                                   ("grade", "one.ipynb"), ("assign",)], ids=lambda words: words[0])
+def test_command_whose_result_cannot_be_written_says_so_before_its_work(words, chapter, build, monkeypatch):
+    for work in ((sweep, "cluster"), (collect, "results"), (render, "stage"), (browser, "browser"), (grade, "grade"),
+                 (assign, "_by_otter")):
+        monkeypatch.setattr(*work, raising(AssertionError("it has begun")))
+    result = fishlib_command(*(word.format(chapter=chapter()) for word in words), "--out", CLOSED / "out")
+    assert isinstance(result.exception, SystemExit)
+    assert result.exit_code == 1
+    told = result.output.splitlines()[-1]
+    assert told.startswith(("Error: Permission denied: /sys/", "Error: Operation not permitted: /sys/"))
+    assert "name a folder that can be written to" in told
+
+
+def half(folder):
+    folder.mkdir()
+    (folder / "file").write_bytes(bytes(5000))
+    return folder
+
+
+def large_pdf(out, **_):
+    pypdf = pytest.importorskip("pypdf", reason="no pypdf: pip install 'fishlib[browser]'")
+    from fishlib.rerun import pdf
+
+    book = pypdf.PdfWriter()
+    book.add_metadata({"/Title": "x" * 5000})
+    pdf._write(book, out)
+
+
+# Commands, and what stands for their work; each of their results is larger than the disk of the test.
+LARGE = {
+    ("results", "table"): {},
+    ("render", "html"): {"fishlib.rerun.render.stage": lambda executed, source, root: source,
+                         "fishlib.rerun.render.build": lambda source, work: half(work / "new")},
+    ("pdf", "book.pdf"): {"fishlib.rerun.pdf.print_book": large_pdf},
+    ("grade", "grades.csv", "one.ipynb"): {"fishlib.rerun.grade.grade": lambda one, *_, **__: grade.Grade(
+        str(one), "graded", 3, 4, message="x" * 5000)},
+    ("assign", "", next(iter(assign.masters()))): {"fishlib.rerun.assign._by_otter": lambda master, work, check: work,
+                                                   "fishlib.rerun.assign._sorted": lambda made, target, *_: half(target)},
+}
+
+
+@pytest.mark.parametrize(("words", "work"), LARGE.items(), ids=[words[0] for words in LARGE])
+def test_command_on_a_disk_that_fills_ends_with_one_line_and_nothing_half_written(words, work, tmp_path, build, monkeypatch):
+    results = {"chapter": "10_small", "parameters": {"seed": 0}, "records": {"text": "x" * 900}, "provenance": {}}
+    run.write(build / "runs" / "10_small" / "results.json", json.dumps(results))
+    for place, stands in work.items():
+        monkeypatch.setattr(place, stands)
+    before = content(tmp_path)
+    command, out, *others = words
+    with disk_that_fills_after(1000):
+        result = fishlib_command(command, *others, "--out", tmp_path / out)
+    assert result.exit_code == 1, result.output
+    assert "File too large" in result.output
+    assert "nothing half-written was left. Make room" in result.output
+    assert content(tmp_path) == before
+
+
+@pytest.mark.parametrize("words", [("run",), ("sweep", "-g", "seed=0..1")], ids=["run", "sweep"])
+def test_interrupted_download_ends_the_command_before_any_run_and_leaves_no_data_set(words, tmp_path, chapter, monkeypatch):
+    cache = tmp_path / "data" / "cache"
+
+    def download(name, root, download):
+        root.mkdir(parents=True)
+        (root / f"{name}.gz").write_text("half")  # torchvision checks what it finds before it takes it
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(data, "CACHE", cache)
+    monkeypatch.setattr(data, "from_torchvision", download)
+    monkeypatch.setattr(chapters, "ROOT", tmp_path)
+    monkeypatch.setenv("FISHLIB_DATA", str(tmp_path))
+    monkeypatch.setattr(run, "execute", None)
+    result = fishlib_command(words[0], chapter(), *words[1:], "-p", "dataset", "mnist", "--out", tmp_path / "out")
+    assert result.exit_code == 130
+    assert result.output.endswith("interrupted: nothing half-written was left\n")
+    assert not (tmp_path / "out").exists()
+    assert list(content(cache)) == ["torchvision/mnist.gz"]
 
 
 @pytest.fixture
@@ -305,14 +396,60 @@ def test_paths_with_spaces_and_letters_of_any_alphabet_work_for_every_command(tm
     assert "getan" in source.read_text(encoding="utf-8")
 
 
-def test_nothing_in_the_library_loads_pickled_objects():
-    for file in Path(fishlib.__file__).parent.rglob("*.py"):
-        source = file.read_text(encoding="utf-8")
-        for call in re.findall(r"torch\.load\([^)]*\)", source):
-            assert "weights_only=True" in call, (file, call)
-        for call in re.findall(r"np\.load\([^)]*\)", source):
-            assert "allow_pickle=False" in call, (file, call)
-        assert not re.search(r"\bimport (?:pickle|joblib|dill|shelve|marshal)\b|\bread_pickle\(|\byaml\.load\(", source), file
+PICKLERS = {"pickle", "cloudpickle", "joblib", "dill", "shelve", "marshal"}
+UNPICKLING = ("read_pickle", "load_from_checkpoint", "yaml.load", "yaml.full_load", "yaml.unsafe_load")
+HARMLESS = {"torch.load": ("weights_only", "True"), "np.load": ("allow_pickle", "False"),
+            "numpy.load": ("allow_pickle", "False")}
+
+
+def unpickles(source):
+    """The imports and calls of a source that run whatever code a file holds."""
+    found = []
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            found += [node for alias in node.names if alias.name.split(".")[0] in PICKLERS]
+        elif isinstance(node, ast.ImportFrom):
+            load = node.module in ("torch", "numpy", "yaml") and "load" in [alias.name for alias in node.names]
+            found += [node] if load or (node.module or "").split(".")[0] in PICKLERS else []
+        elif isinstance(node, ast.Call):
+            name, given = ast.unparse(node.func), {word.arg: ast.unparse(word.value) for word in node.keywords}
+            option, value = HARMLESS["torch.load"] if "ckpt_path" in given else HARMLESS.get(name, (None, None))
+            found += [node] if name.endswith(UNPICKLING) or (option and given.get(option) != value) else []
+    return list(map(ast.unparse, found))
+
+
+def code(*folders):
+    """The code below folders of the repository, in files and in cells of notebooks, with its file."""
+    files = [file for folder in folders for file in sorted((chapters.PACKAGE.parent / folder).rglob("*"))]
+    for file in files:
+        if file.suffix == ".py":
+            yield file, file.read_text(encoding="utf-8")
+        elif file.suffix == ".ipynb":
+            for cell in nbformat.read(file, 4).cells:
+                if cell.cell_type == "code":
+                    yield file, assign.NO_PYTHON.sub(r"\1pass", cell.source)
+
+
+def test_no_code_that_readers_run_loads_pickled_objects():
+    sources = list(code("fishlib", "benchmarks", "chapters", "tests/course"))
+    assert {"training.py", "units.py", "05_channel_divergence.ipynb", "masters"} <= {
+        name for file, _ in sources for name in (file.name, file.parent.name)}
+    assert [(file, found) for file, source in sources if (found := unpickles(source))] == []
+
+
+def test_training_tells_lightning_to_load_weights_only_when_it_goes_on_from_a_checkpoint():
+    source = Path(training.__file__).read_text(encoding="utf-8")
+    assert source.count("ckpt_path=") == 1
+    assert unpickles(source) == []
+    assert len(unpickles(source.replace(", weights_only=True)", ")"))) == 1
+
+
+@pytest.mark.parametrize("source", [
+    "torch.load(f(x), map_location='cpu')", "torch.load(f(x), weights_only=False)", "np.load(file(a))", "import pickle as p",
+    "from joblib import load", "from torch import load", "pd.read_pickle(file)", "yaml.load(text, Loader)",
+    "trainer.fit(module, data, ckpt_path=path)", "trainer.test(module, ckpt_path=path, weights_only=False)"])
+def test_code_that_could_unpickle_is_recognised(source):
+    assert unpickles(source)
 
 
 class Trap:

@@ -164,6 +164,21 @@ def test_a_profile_with_an_unknown_parameter_is_refused(chapter):
     assert "epoch" in result.output
 
 
+@pytest.mark.parametrize("content", [b"full: {seed: 1", b"full:\n  seed: 1\n seed: 2\n", b"full: {seed: \xff}", b"? [1]: 2"],
+                         ids=["not closed", "indented", "not UTF-8", "a list as a name"])
+@pytest.mark.parametrize("words", [["params"], ["run"], ["sweep", "-g", "seed=0"]], ids=lambda words: words[0])
+def test_profiles_that_are_not_yaml_are_named_in_one_line(chapter, words, content):
+    source = chapter()
+    file = source.parent / "profiles" / "10_small.yml"
+    file.parent.mkdir()
+    file.write_bytes(content)
+    result = fishlib(*words, source)
+    assert result.exit_code == 2
+    assert result.output.startswith(f"Error: {file} is not YAML (")
+    assert result.output.endswith("): correct it\n")
+    assert result.output.count("\n") == 1
+
+
 def test_only_unchanged_quick_runs_go_where_the_book_is_rendered_from(chapter, build):
     loaded = chapters.load(chapter())
     assert run.plan(loaded).folder == build / "executed" / "10_small"
@@ -248,11 +263,23 @@ def test_the_site_is_not_rendered_from_runs_of_another_state(chapter, build, mon
     planned.notebook.touch()
     given = run.given(planned)
     for identity, data, status in ((planned.identity, given, 0), (planned.identity, "other records", 1), ("0" * 16, given, 1)):
-        planned.results.write_text(json.dumps({"chapter": "10_small", "parameters": planned.parameters,
+        planned.results.write_text(json.dumps({"chapter": "10_small", "parameters": planned.parameters, "records": {},
                                                "provenance": {"identity": identity, "given_data": data}}))
         result = fishlib("render")
         assert result.exit_code == status, result.output
         assert ("fishlib run 10_small" in result.output) == bool(status)
+
+
+@pytest.mark.parametrize("text", ["{", "[]", "null", '{"parameters": {}}', '{"chapter": "10_small", "parameters": []}'])
+@pytest.mark.parametrize("command", ["render", "pdf"])
+def test_damaged_results_of_an_executed_chapter_are_named(command, text, build):
+    file = build / "executed" / "10_small" / "results.json"
+    file.parent.mkdir(parents=True)
+    file.write_text(text)
+    result = fishlib(command)
+    assert result.exit_code == 1
+    assert f"{file} is not the results of a run" in result.output
+    assert "run its chapter again" in result.output
 
 
 def test_a_run_beyond_its_time_is_ended(tmp_path, chapter):

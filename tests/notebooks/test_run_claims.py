@@ -6,6 +6,7 @@ import os
 import re
 import subprocess
 import sys
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -206,9 +207,9 @@ def test_ctrl_c_ends_with_one_line_keeps_the_time_and_stores_nothing(book, monke
     assert json.loads(slices.read_text(encoding="utf-8"))["seconds"] > 0
 
 
-def test_a_kill_leaves_no_process_and_no_half_written_result(book, tmp_path, build):
-    log, pid = tmp_path / "log", tmp_path / "pid"
-    book(steps=STEPS.format(log=str(log), pid=str(pid)))
+@contextmanager
+def another(book, tmp_path, build):
+    """The same command in a process of its own, which is killed at the end of the block."""
     program = ("import sys\nfrom pathlib import Path\nfrom fishlib.rerun import chapters, claims\n"
                "build, folder, stored, file = map(Path, sys.argv[1:])\n"
                "chapters.BUILD, chapters.CHAPTERS, claims.STORED = build, folder, stored\n"
@@ -218,10 +219,31 @@ def test_a_kill_leaves_no_process_and_no_half_written_result(book, tmp_path, bui
     process = subprocess.Popen([sys.executable, "-c", program, *map(str, places)], stdout=subprocess.DEVNULL,
                                env=os.environ | {"PYTHONPATH": str(chapters.PACKAGE.parent)})
     try:
-        eventually(lambda: len(lines(log)) > 3)
+        yield
     finally:
         process.kill()
         process.wait()
+
+
+def test_a_run_that_another_process_works_on_is_left_out_until_that_one_is_gone(book, tmp_path, build):
+    log, pid = tmp_path / "log", tmp_path / "pid"
+    book(steps=STEPS.format(log=str(log), pid=str(pid)), other="x = 1")
+    with another(book, tmp_path, build):
+        eventually(lambda: len(lines(log)) > 3)
+        result = fishlib("run", "--claims", "missing")
+        assert result.exit_code == 1, result.output
+        assert result.output.endswith("steps: another process works on it\nnot made: steps\n")
+    eventually(lambda: not alive(int(pid.read_text(encoding="utf-8"))))
+    assert [folder.name for folder in book.folder.iterdir()] == ["11_other"]
+    assert fishlib("run", "--claims", "missing").exit_code == 0
+    assert not list((chapters.BUILD / "checkpoints").iterdir())
+
+
+def test_a_kill_leaves_no_process_and_no_half_written_result(book, tmp_path, build):
+    log, pid = tmp_path / "log", tmp_path / "pid"
+    book(steps=STEPS.format(log=str(log), pid=str(pid)))
+    with another(book, tmp_path, build):
+        eventually(lambda: len(lines(log)) > 3)
     eventually(lambda: not alive(int(pid.read_text(encoding="utf-8"))))
     assert not book.folder.exists()
     assert not list(Path(build).rglob("results.json"))

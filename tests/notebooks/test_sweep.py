@@ -313,6 +313,24 @@ def test_an_interrupted_sweep_ends_its_workers_and_goes_on_where_it_stopped(tmp_
     assert lines(diary / "ended") == ["1", "0"]
 
 
+@pytest.mark.parametrize("address", ["garbage", "tcp://host", "tcp://host:port", "tcp://host:99999", "tcp://:8786", "foo://host:1",
+                                     "::1:8786"])
+def test_what_is_no_address_of_a_scheduler_is_refused_before_dask_tries_it(tmp_path, chapter, monkeypatch, address):
+    distributed = pytest.importorskip("distributed")
+    monkeypatch.setattr(distributed, "Client", None)
+    words = ["sweep", str(chapter()), "-g", "seed=0", "--out", str(tmp_path / "out"), "--scheduler", address]
+    result = CliRunner().invoke(main, words)
+    assert result.exit_code == 2
+    assert f"'{address}' is no address of a Dask scheduler (" in result.output
+    assert "such as tcp://10.0.0.1:8786" in result.output
+
+
+@pytest.mark.parametrize("address", ["tcp://10.0.0.1:8786", "10.0.0.1:8786", "tls://node7:80", "tcp://[::1]:8786"])
+def test_addresses_that_dask_prints_are_taken(address):
+    pytest.importorskip("distributed")
+    sweep._check_address(address)
+
+
 def test_a_slurm_file_without_the_number_of_jobs_is_refused(tmp_path, chapter):
     file = tmp_path / "slurm.yml"
     file.write_text("queue: gpu\n")

@@ -1,7 +1,10 @@
 """Fetching MathJax: the pinned hash is checked, archives stay inside their folder, and its absence is survived."""
 
+import errno
 import io
+import os
 import tarfile
+from pathlib import Path
 
 import pytest
 
@@ -21,6 +24,25 @@ def test_altered_package_is_refused_and_nothing_stays_behind(tmp_path, monkeypat
     monkeypatch.setattr(assets, "_pack", lambda folder: archive(folder / "m.tgz", **{f"package/es5/{assets.ENTRY}": b"x"}))
     assert assets.fetch(tmp_path) is None
     assert "expected " + assets.SHA512 in capsys.readouterr().err
+    assert list((tmp_path / "_build" / "assets").iterdir()) == []
+
+
+@pytest.mark.parametrize("trouble", [OSError(errno.ENOSPC, "full disk"), PermissionError(errno.EACCES, "closed folder"),
+                                     KeyboardInterrupt("Ctrl-C")], ids=str)
+@pytest.mark.parametrize("place", [(os, "replace"), (Path, "write_bytes")], ids=["in its place", "in the middle"])
+def test_trouble_leaves_nothing_behind_and_only_ctrl_c_ends_the_set_up(place, trouble, tmp_path, monkeypatch, capsys):
+    def fail(*_):
+        raise trouble
+
+    monkeypatch.setattr(assets, "_pack", lambda folder: archive(folder / "m.tgz", **{f"package/es5/{assets.ENTRY}": b"x"}))
+    monkeypatch.setattr(assets, "check", lambda package: package)
+    monkeypatch.setattr(*place, fail)
+    if isinstance(trouble, KeyboardInterrupt):
+        with pytest.raises(KeyboardInterrupt):
+            assets.fetch(tmp_path)
+    else:
+        assert assets.fetch(tmp_path) is None
+        assert str(trouble) in capsys.readouterr().err
     assert list((tmp_path / "_build" / "assets").iterdir()) == []
 
 

@@ -41,6 +41,7 @@ def book(tmp_path):
     for name, other in OTHER.items():
         (tmp_path / "chapters" / f"{name}.md").write_text("")
         (site / f"{name}.html").write_text(PAGE.format(title=f"Das {name}", other=other))
+    (site.parent / "searchindex.js").write_text("")
     return tmp_path
 
 
@@ -104,10 +105,34 @@ def test_site_of_chapters_that_have_changed_since_is_not_printed(monkeypatch):
     assert "run `fishlib run 00_why_compact` and `fishlib render`" in result.output
 
 
-def test_page_that_was_not_rendered_is_named(book):
-    (book / "_build" / "html" / "chapters" / "second.html").unlink()
-    with pytest.raises(ValueError, match=r"lacks chapters/second\.html: render the book first"):
+@pytest.mark.parametrize("file", ["chapters/second.md", "_toc.yml", "_config.yml", "_build/executed/tiny/tiny.ipynb",
+                                  "_build/executed/tiny.ipynb"])
+def test_site_that_is_older_than_what_it_was_rendered_from_is_not_printed(file, book, monkeypatch):
+    toc = TOC | {"root": "chapters/tiny"}
+    (book / "_toc.yml").write_text(yaml.safe_dump(toc, sort_keys=False))
+    (book / "chapters" / "tiny.ipynb").write_text("")
+    (book / "_build" / "html" / "chapters" / "tiny.html").write_text("")
+    (book / file).parent.mkdir(parents=True, exist_ok=True)
+    (book / file).touch()
+    now = (book / file).stat().st_mtime
+    os.utime(book / "_build" / "html" / "searchindex.js", (now + 10, now + 10))
+    monkeypatch.setattr(browser, "browser", raising_begun)
+    with pytest.raises(AssertionError, match="printing has begun"):
         pdf.print_book(root=book)
+    os.utime(book / file, (now + 20, now + 20))
+    with pytest.raises(ValueError, match=rf"is older than {re.escape(file)}: render the book again, `fishlib render`"):
+        pdf.print_book(root=book)
+
+
+def raising_begun():
+    raise AssertionError("printing has begun")
+
+
+def test_page_that_was_not_rendered_is_named(book):
+    for file in ("searchindex.js", "chapters/second.html"):
+        (book / "_build" / "html" / file).unlink()
+        with pytest.raises(ValueError, match=rf"lacks {re.escape(file)}: render the book first"):
+            pdf.print_book(root=book)
 
 
 def test_without_a_browser_the_message_says_what_to_install(book, monkeypatch):
