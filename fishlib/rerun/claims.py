@@ -461,7 +461,7 @@ def verdict(claim: Claim, book: Book, found: Sequence[dict[str, Any]]) -> Verdic
 def _beyond(parameters: Mapping[str, Any]) -> list[str]:
     """What a reader has to know of a run of full size beside its profile."""
     words = {"seeds": "{} seeds", "limit": "{} images for training", "test_limit": "{} test images",
-             "shift": "training images moved by up to {} pixels"}
+             "shift": "training images moved at random, {} px at most"}
     return [text.format(parameters[name]) for name, text in words.items() if parameters.get(name)]
 
 

@@ -141,7 +141,7 @@ def test_each_part_of_the_scorecard_has_the_claims_of_its_own_proposal():
     cells = chapters.read(chapters.CHAPTERS / "09_scorecard.ipynb").cells
     source = next(cell.source for cell in cells if cell.cell_type == "code" and "parts = {" in cell.source)
     names = {"claims": claims, "book": claims.load(), "found": claims.stored()}
-    exec(source[:source.index("def shown")], names)
+    exec(source[:source.index("COLOUR")], names)
     scored, parts = names["scored"], names["parts"]
     assert sum(mask.astype(int) for mask in parts.values()).eq(1).all()
     assert set(scored.proposal[parts["units"]]) == {"S2", "S1 + S2"}
