@@ -197,8 +197,9 @@ class PairStatistics:
     def of(cls, first: Tensor, second: Tensor, grams: tuple[Tensor | None, Tensor | None]) -> PairStatistics:
         """Sums of one batch of maps (N, C, H, W) and (N, C', H', W'), pooled to the coarser of both."""
         side = min(first.shape[2], second.shape[2]), min(first.shape[3], second.shape[3])
-        x, y = (F.adaptive_avg_pool2d(one, side).movedim(1, 0).flatten(1) for one in (first, second))
-        sums = (one.double() for one in (x @ y.T, x.sum(1), y.sum(1), x.square().sum(1), y.square().sum(1)))
+        # In double precision: a channel may vary by far less than its mean, and products of the raw values lose that.
+        x, y = (F.adaptive_avg_pool2d(one, side).movedim(1, 0).flatten(1).double() for one in (first, second))
+        sums = x @ y.T, x.sum(1), y.sum(1), x.square().sum(1), y.square().sum(1)
         return cls(*sums, x.shape[1], None if grams[0] is None else (grams[0] @ grams[1].T).double())
 
     def __add__(self, other: PairStatistics) -> PairStatistics:
@@ -239,7 +240,7 @@ def activations(net: nn.Module, data: ImageData, layers: Sequence[str] | None = 
     """Means, covariances and histograms of all channels of the named layers, in one pass over training images.
 
     Beyond a copy of the chosen images, one byte a pixel and colour, memory does not depend on their number. Sums are kept in
-    float64, those within a batch in the network's type.
+    float64, those within a batch in the network's type, but for products of two layers.
 
     Parameters
     ----------

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from typing import Any
 
@@ -42,12 +42,16 @@ def range_noise(weight: Tensor) -> Tensor:
 
 
 def relative_noise(weight: Tensor) -> Tensor:
-    """S = diag(w^2): each weight times 1 + noise. Deleting a share r at random has the second moment r diag(w^2)."""
+    """S = diag(w^2): each weight times 1 + noise. Deleting each weight with probability r has the mean -r w and the covariance
+    r (1 - r) diag(w^2); r diag(w^2) is the diagonal of its second moment.
+    """
     return weight.square()
 
 
 def range_and_relative(weight: Tensor) -> Tensor:
-    """S = (max w - min w)^2 I + 100 diag(w^2): both threats; at strength 0.003 noise of eta = 0.077 and a deletion of 60 %."""
+    """S = (max w - min w)^2 I + 100 diag(w^2): both threats; at strength 0.003 noise of eta = 0.077 and, by the
+    diagonal of the second moment alone, a deletion of 60 %.
+    """
     return range_noise(weight) + 100 * relative_noise(weight)
 
 
@@ -248,11 +252,12 @@ class _LinearCalls(TorchFunctionMode):
         output = function(*args, **(kwargs or {}))
         if function is F.batch_norm and _takes_batch_statistics(*args, **(kwargs or {})):
             self.calls.clear()  # behind them an image's loss depends on the other images' rows too
-        names = [self.names.get(id(value)) for value in (*args, *(kwargs or {}).values())]
-        for name in filter(None, names):
-            self.uses[name] += 1
+        for value in _leaves((*args, *(kwargs or {}).values())):
+            if name := self.names.get(id(value)):
+                self.uses[name] += 1
         if function is F.linear and not kwargs and args[0].ndim == 2:
-            self.calls.append((args[0], output, output._version, [name for name in names[1:] if name]))
+            names = [self.names[id(value)] for value in args[1:] if id(value) in self.names]
+            self.calls.append((args[0], output, output._version, names))
         return output
 
     def simple(self, images: int) -> Iterator[tuple[Tensor, Tensor, list[str]]]:
@@ -262,6 +267,15 @@ class _LinearCalls(TorchFunctionMode):
         for a, z, version, names in self.calls:
             if names and len(a) == images and z._version == version and all(self.uses[name] == 1 for name in names):
                 yield a, z, names
+
+
+def _leaves(values: Iterable[Any]) -> Iterator[Any]:
+    """All values, with those of lists and tuples among them, as `torch.cat` takes."""
+    for value in values:
+        if isinstance(value, list | tuple):
+            yield from _leaves(value)
+        else:
+            yield value
 
 
 def _takes_batch_statistics(input: Tensor, running_mean: Tensor | None, running_var: Tensor | None,
@@ -398,8 +412,9 @@ def noisy(parameters: dict[str, Tensor], threat: Threat, amount: float) -> dict[
 class KLNoise(Penalty):
     """strength x KL(p_theta || p_theta+d), a mean over images in nats, with one draw of d = sigma sqrt(S) n a step.
 
-    For small sigma its expectation is sigma^2 / 2 tr(F S), the term of `FisherTrace`; for larger ones it goes beyond the
-    second order. Both sides are differentiated. Dropout draws another mask for each side, so that the term measures it too.
+    For small sigma the expectation of the divergence is sigma^2 / 2 tr(F S), the term of `FisherTrace` at strength
+    sigma^2 / 2; for larger ones it goes beyond the second order. Both sides are differentiated. Dropout draws another mask for
+    each side, so that the term measures it too.
 
     Parameters
     ----------
@@ -421,8 +436,8 @@ class KLNoise(Penalty):
 class GradientNorm(Penalty):
     """strength x |grad loss|^2, the squared norm of the batch's mean gradient with the labels of the *data*.
 
-    This is explicit what small steps of gradient descent do implicitly [Barrett and Dherin 2021]; it is not the trace of
-    the Fisher information, which it underestimates by far.
+    It does explicitly what gradient descent does implicitly, by its steps of finite size [Barrett and Dherin 2021]. It is not
+    the trace of the Fisher information, which it underestimates by far.
 
     Parameters
     ----------

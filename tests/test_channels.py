@@ -92,6 +92,20 @@ def test_correlation_of_neighbours_is_that_of_pooled_maps(net, data):
     assert found.between("0", "4", "kl").shape == (8, 16)
 
 
+def test_correlation_of_neighbours_is_exact_where_channels_vary_by_far_less_than_their_mean(data):
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Conv2d(1, 8, 3, padding=1), nn.ReLU(), nn.Conv2d(8, 4, 3, padding=1), nn.ReLU(),
+                        nn.Flatten(), nn.Linear(256, 10)).eval()
+    with torch.no_grad():
+        net[0].weight.mul_(1e-3)
+        net[0].bias.fill_(1)
+        net[2].bias.fill_(1)
+    images = data.split("train")[0]
+    found = channels.activations(net, data, images=10_000, batch_size=50).between("0", "2", "correlation")
+    rows = torch.cat([maps_of(net, images, 2), maps_of(net, images, 4)], 1).double().movedim(1, 0).flatten(1).numpy()
+    np.testing.assert_allclose(found, np.corrcoef(rows)[:8, 8:], atol=1e-6)
+
+
 def test_cka_of_one_batch_is_that_of_pairs_of_maps(net, data):
     images = data.split("train")[0]
     found = channels.activations(net, data, grams=True, images=10_000, batch_size=10_000).relation("0", "cka")

@@ -31,6 +31,18 @@ class Tied(nn.Module):
         return self.head(self.inner(torch.tanh(self.inner(images.flatten(1)))))
 
 
+class Joined(nn.Module):
+    """One weight as such and once more in a list of tensors."""
+
+    def __init__(self):
+        super().__init__()
+        self.inner, self.head = nn.Linear(16, 8, bias=False), nn.Linear(8, 3)
+
+    def forward(self, images):
+        rows = images.flatten(1)
+        return self.head(torch.tanh(self.inner(rows) + rows @ torch.cat([self.inner.weight]).T))
+
+
 class Tokens(nn.Module):
     """A linear layer on several rows of each image: their number need not be the number of images."""
 
@@ -51,6 +63,7 @@ def networks():
         "overwritten": nn.Sequential(nn.Flatten(), nn.Linear(16, 8), nn.ReLU(inplace=True), nn.Linear(8, 3)),
         "convolution": nn.Sequential(nn.Conv2d(1, 4, 3), nn.Tanh(), nn.Flatten(), nn.Linear(16, 3, bias=False)),
         "tied": Tied(),
+        "joined": Joined(),
         "normalised": nn.Sequential(nn.Conv2d(1, 3, 3), nn.BatchNorm2d(3), nn.ReLU(), nn.Flatten(), nn.Linear(12, 3)).eval(),
         "tokens": Tokens(),
         "batch statistics": nn.Sequential(nn.Flatten(), nn.Linear(16, 6), nn.BatchNorm1d(6), nn.Tanh(), nn.Linear(6, 3)),
