@@ -21,6 +21,9 @@ from torch.nn import functional as F
 class ChannelConv3d(nn.Module):
     """A 3-D convolution over (channel, row, column): weights are shared along the channel axis.
 
+    The weights are drawn normal, with mean 0 and variance ``2 / (G d k^2)``, where ``nn.Conv2d`` draws uniform ones of variance
+    ``1 / (3 C k^2)``: behind BatchNorm the size of the first weights acts as a learning rate.
+
     The C input channels are G = `groups_in` groups of C/G neighbours; each group is an input map of depth D = C/G of a 3-D
     convolution with kernel d x k x k and `groups_out` = G' output maps, which again are groups of D channels:
     ``out[g', c] = bias[g'] + sum_g sum_e w[g', g, e] * x[g, c + e - d//2]`` with 2-D convolutions ``*``, zeros outside. So
@@ -116,7 +119,7 @@ class ChannelOrder(nn.Module):
 
     ``y = P x`` with the permutation P of the largest sum of scores, and gradients as if it were
     ``y = S x``, ``S = Sinkhorn(scores / temperature)``: rows and columns of exp(scores / temperature) are divided by their
-    sums in turn until both are 1.
+    sums in turn, `iterations` times. The sums of the columns then are 1, and those of the rows nearly so.
 
     Training starts at the channels' own order, since the diagonal of the scores is the larger, and may end there: the layers
     behind are trained for the order at hand, so that an exchange of channels harms at first. Compare `positions` before and
@@ -133,7 +136,7 @@ class ChannelOrder(nn.Module):
         return linear_sum_assignment(self.scores.detach().float().cpu().numpy(), maximize=True)[1].tolist()
 
     def soft(self) -> Tensor:
-        """The doubly stochastic matrix S (C, C)."""
+        """The nearly doubly stochastic matrix S (C, C)."""
         logs = self.scores / self.temperature
         for _ in range(self.iterations):
             logs = logs - logs.logsumexp(1, keepdim=True)

@@ -109,7 +109,7 @@ def lesion(net: nn.Module, data: ImageData, order: str = "single", repeats: int 
     Returns
     -------
     DataFrame
-        one row a lesion: repeat, removed (number of units), unit and stage (of a single one), units (tuple of
+        one row per lesion: repeat, removed (number of units), unit and stage (of a single one), units (tuple of
         positions), accuracy, loss_points (percentage points below the intact network). The first row is that network.
     """
     if order not in ORDERS:
@@ -239,16 +239,22 @@ def _largest_divergence(moments: Moments, pairs: str, standardise: str, formula:
     reference = int(present[:reference].sum())
     if standardise == "feature":
         share = (moments.counts[present] / moments.counts.sum())[:, None]
-        total = (share * (var + (mean - (share * mean).sum(0)).square())).sum(0)
-        varies = total > 1e-12
+        centre = (share * mean).sum(0)
+        total = (share * (var + (mean - centre).square())).sum(0)
+        varies = total > _rounding(centre)
         # The published formula depends on where the features lie, so the mean over all images goes as well.
-        mean, var = (mean - (share * mean).sum(0))[:, varies] / total[varies].sqrt(), var[:, varies] / total[varies]
+        mean, var = (mean - centre)[:, varies] / total[varies].sqrt(), var[:, varies] / total[varies]
     var = var.clamp_min(floor)
     if formula == "fisher" and pairs == "all":
         return float(divergence.fisher_divergence_pairs(mean, var).max())
     formula = divergence.fisher_divergence if formula == "fisher" else divergence.published_divergence
     others = [reference] if pairs == "reference" else range(len(mean))
     return max(float(formula(mean, var, mean[q], var[q]).max()) for q in others)
+
+
+def _rounding(mean: Tensor) -> Tensor:
+    """The variance below which a feature of this mean counts as constant: single precision makes about so much of nothing."""
+    return 1e-12 * (1 + mean.square())
 
 
 class Moments:
@@ -288,7 +294,7 @@ def _density_scores(net: nn.Module, data: ImageData, density: str, pairs: str, f
         raise ValueError(f"{len(classes)} covariances of {widest:,} {feature} features take over {MEMORY >> 20} MiB: use "
                          "feature='pooled' or density='diagonal'")
     between = [(p, q) for q in (classes if pairs == "all" else [reference]) for p in classes if p != q]
-    varying = (x[:, x.var(0) > 1e-12].double() for x in features)  # the others count nothing
+    varying = (x[:, x.var(0) > _rounding(x.mean(0))].double() for x in features)  # the others count nothing
     return [max(_pairwise(x, labels, density, between, floor, seed)) if x.shape[1] else 0.0 for x in varying]
 
 
@@ -566,10 +572,10 @@ class Pruned:
     ----------
     net : the pruned and retrained network
     kept : positions in the units of the network that was given
-    table : a row a candidate: stage, k, kept, train_error and validation_error (before retraining),
+    table : one row per candidate: stage, k, kept, train_error and validation_error (before retraining),
         train_error_after and validation_error_after (of those retrained), parameters, macs, flops, chosen. Row 0, stage -1,
         is the network that was given.
-    scores : a row a unit and stage: stage, unit, score, and for each candidate k its cluster
+    scores : one row per unit and stage: stage, unit, score, and for each candidate k its cluster
     """
 
     net: nn.Module
@@ -583,7 +589,7 @@ def prune_units(net: nn.Module, data: ImageData, stages: int = 3, candidates: Se
                 head: str = "centroid", retrain: Mapping[str, Any] | None = None, decide: str = "validation",
                 compare: str = "before", folder: str | Path | None = None, seed: int = 0,
                 progress: bool | None = None) -> Pruned:
-    """Prune whole units in stages: score, cluster, keep one head a cluster, retrain [Soltani, algorithm 1].
+    """Prune whole units in stages: score, cluster, keep one head of each cluster, retrain [Soltani, algorithm 1].
 
     In each stage, for every k of the candidates, the scores of the units left are put into k clusters and one unit of each
     stays. The smallest k whose error is at most `tolerance` above the least error of all candidates is taken, and the smaller

@@ -228,6 +228,15 @@ def test_score_of_a_constant_unit_is_zero(density, net, data):
     assert found[0] > 0
 
 
+@pytest.mark.parametrize("level", [100.1, 1000.3])
+def test_rounding_of_a_constant_far_from_zero_counts_nothing(level, net, data):
+    other = units.keep(net, [3, 4])
+    torch.nn.init.zeros_(other.units[1].bn2.weight)
+    torch.nn.init.constant_(other.units[1].bn2.bias, level)
+    assert units.fisher_score(other, data, images=300)[1] == 0
+    assert units.fisher_score(other, data, feature="pooled", images=300)[1] == 0
+
+
 def test_score_matching_of_a_class_in_which_nothing_varies_takes_the_floor(monkeypatch):
     g = torch.Generator().manual_seed(0)
     x = torch.cat([torch.zeros(200, 1), 1 + torch.randn(200, 1, generator=g)])
