@@ -157,8 +157,8 @@ def allocate(costs: pd.DataFrame, average: float) -> dict[str, int]:
     """Bits for each group so that the summed divergence is least and the average at most `average` bits a weight.
 
     A knapsack with one choice a group, solved exactly: group by group, only those choices so far are kept that no other one
-    beats in both stored bits and divergence. Of equal divergences the one of fewer bits is taken. What is spent can be less
-    than the budget, by up to one bit of a group.
+    beats in both stored bits and divergence. Of equal divergences the one of fewer bits is taken. Of the budget
+    nearly one bit of the largest group can be left.
 
     Parameters
     ----------

@@ -28,7 +28,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
-from fishlib.rerun import chapters
+from fishlib.rerun import chapters, collect
 from fishlib.rerun import run as runs
 
 if TYPE_CHECKING:
@@ -313,11 +313,9 @@ def _read(folder: Path) -> dict[Path, dict[str, Any]]:
     found = {}
     for file in sorted(folder.rglob("results.json")):
         try:
-            content = json.loads(file.read_text(encoding="utf-8"))
-            content["records"], content["parameters"], content["provenance"], content["chapter"]
-        except (ValueError, KeyError, TypeError):
+            found[file] = collect.read(file)
+        except ValueError:
             continue  # `fishlib results` names it
-        found[file] = content
     return found
 
 

@@ -49,7 +49,7 @@ class Finding:
 
 
 def noise(records: Records) -> Finding:
-    """Chapter 2: accuracy under weight noise with and without the penalty, and by its simpler rivals where they were run."""
+    """Chapter 2: accuracy under weight noise with and without the penalty, and by its rivals where they were run."""
     penalty, spread = records["penalty"], records["accuracy_std"]
     with_it, without = 100 * records["ours_noise_20"], 100 * records["bare_noise_20"]
     label = f"{penalty.replace('_', ' ').replace('fisher', 'Fisher')} penalty"
