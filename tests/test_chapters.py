@@ -80,6 +80,11 @@ def test_numbers_cited_in_prose_were_recorded_and_records_are_unique(path):
     assert len(records) == len(set(records))
 
 
+def test_cells_that_show_nothing_are_folded(path):
+    silent = [set(cell.metadata.tags) for cell in code(path) if "remove-output" in cell.metadata.get("tags", [])]
+    assert all("hide-input" in tags for tags in silent)
+
+
 def test_exercises_with_a_solution_have_a_starter_a_hint_and_a_check(path):
     cells = nbformat.read(path, 4).cells
     solved = [(question, cell) for question, cell in pairwise(cells) if cell.source.startswith("# Solution")]

@@ -10,6 +10,7 @@ from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_outp
 
 from fishlib.rerun import assets
 from fishlib.rerun.docstrings import escape
+from fishlib.rerun.pages import corrected
 from fishlib.rerun.render import DEFAULTS_PROMPT, RenderError, find, pages, presentable, render, stage, swap
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -158,3 +159,9 @@ def test_bars_and_lone_stars_of_docstrings_are_escaped_but_not_in_code():
     lines = ["|G|^2 / B and ``a | b`` and `c | d`::", "", "    x | *y", "", "|z| of *shape", "the *mean* of it", ">>> 1 | 2"]
     assert escape(lines) == [r"\|G\|^2 / B and ``a | b`` and `c | d`::", "", "    x | *y", "", r"\|z\| of \*shape",
                              "the *mean* of it", ">>> 1 | 2"]
+
+
+def test_numbers_that_a_run_gives_to_the_text_are_bold_and_its_sentences_are_not():
+    number, sentence = ('<span class="pasted-text">' + text for text in ("98.4 ± 0.1 %</span>", "Both lists end there. " * 3))
+    assert corrected(number) == number
+    assert corrected(sentence).startswith('<span class="pasted-text sentence">Both')
