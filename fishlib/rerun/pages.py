@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import re
 
-
 LONG = 40  # characters from which a text is a sentence
 
 

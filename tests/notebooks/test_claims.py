@@ -254,12 +254,12 @@ def rewrite(path, code=None, quick=None):
 
 
 BEFORE = {"accuracy": {"none": [0.9, 0.85], "ours": 0.95}, "loss": 3.0, "weights": 120_000, "kept": [0, 4, 7], "best": "kl",
-          "seconds": 5.0, "larger": True}
+          "seconds": 5.0, "larger": True, "does_not_hold": 3}
 
 
 @pytest.mark.parametrize(("after", "share"), [
     ({}, 0), ({"loss": 3.2, "accuracy": {"none": [0.915, 0.86], "ours": 0.94}}, 0), ({"more": 5.0}, 0),
-    ({"best": "l1", "kept": [0, 5, 6, 9], "seconds": 50.0, "larger": False}, 0),
+    ({"best": "l1", "kept": [0, 5, 6, 9], "seconds": 50.0, "larger": False, "does_not_hold": 30}, 0),
     ({"loss": 4.0}, 1 / 5), ({"weights": 160_000}, 1 / 5), ({"accuracy": {"none": [0.5, 0.5], "ours": 0.95}}, 2 / 5)])
 def test_quick_results_have_changed_by_the_numbers_that_moved_further_than_noise(after, share):
     assert claims.change(BEFORE, BEFORE | after) == share
