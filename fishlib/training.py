@@ -221,7 +221,7 @@ def fit(net: nn.Module, data: ImageData, *, epochs: int = 10, optimizer: str | C
         ``objective(net, images, labels, logits, criterion)``, what takes the place of the loss
         ``criterion(logits, labels)``. A Lightning callback too if it has to see more of the training
     callbacks : Lightning callbacks
-    precision : "auto" takes bfloat16 with channels_last where the device gains from it (CUDA, CPUs with AMX)
+    precision : "auto" takes bfloat16 where the device gains from it (CUDA, CPUs with AMX or AVX512-BF16), else float32
     compiled : train through ``torch.compile``
     checkpoint : file that is rewritten after each epoch; where it exists, the run goes on from it to the same result. It
         belongs to one network with its weights, data, settings and penalty; functions are known by their names
@@ -257,7 +257,8 @@ def fit(net: nn.Module, data: ImageData, *, epochs: int = 10, optimizer: str | C
         conditions |= {"network": digest(net.state_dict()), "penalty": _identity(penalty, net)}
         _check_resumable(path, conditions)
         path.parent.mkdir(parents=True, exist_ok=True)
-    module = Classifier(net, optimizer, lr, schedule, weight_decay, label_smoothing, penalty, seed, reduced, compiled)
+    channels_last = reduced or data.device.type == "cpu"  # the layout in which convolutions are faster there
+    module = Classifier(net, optimizer, lr, schedule, weight_decay, label_smoothing, penalty, seed, channels_last, compiled)
     extra = [penalty] if isinstance(penalty, L.Callback) else []
     saving = [Checkpoint(path, conditions)] if path else []
     with _own_randomness(data.device, seed), _quiet():
@@ -342,7 +343,7 @@ def _channels_last(net: nn.Module) -> nn.Module:
 def _gains_from_bfloat16(device: torch.device) -> bool:
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
-    return device.type == "cpu" and torch.cpu._is_amx_tile_supported()
+    return device.type == "cpu" and (torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported())
 
 
 def _in_terminal() -> bool:
