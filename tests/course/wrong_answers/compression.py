@@ -24,6 +24,11 @@ def average_bits(n, kept, k, gap):
     return (kept * np.log2(k) + 32 * k) / n
 
 
+# q1: natural logarithm
+def average_bits(n, kept, k, gap):
+    return (kept * (np.log(k) + gap) + 32 * k) / n
+
+
 # q2: there are 7 steps, not 8
 def quantise(w, bits):
     low, step = w.min(), (w.max() - w.min()) / 2**bits

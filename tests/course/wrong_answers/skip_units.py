@@ -120,6 +120,16 @@ def cluster(scores, weights, k):
     return 1 + np.argsort(np.argsort(scores)) * k // len(scores)
 
 
+# q5: can be reached
+def cluster(scores, weights, k):
+    from itertools import combinations
+
+    rank = np.argsort(np.argsort(scores))
+    every = [np.searchsorted(cuts, rank, side="right") for cuts in combinations(range(1, len(scores)), k - 1)]
+    return min(every, key=lambda labels: sum(weights[labels == j] @ (scores[labels == j] - scores[labels == j].mean()) ** 2
+                                             for j in range(k)))
+
+
 # q6: least error, and the luck
 def choose_k(errors, images):
     return min(errors, key=errors.get)
@@ -137,13 +147,28 @@ def choose_k(errors, images):
     return max(k for k, error in errors.items() if error <= least + np.sqrt(least * (1 - least) / images))
 
 
+# q6: the search stopped too early
+def choose_k(errors, images):
+    least, k = min(errors.values()), min(errors, key=errors.get)
+    smaller = sorted(one for one in errors if one < k)
+    while smaller and errors[smaller[-1]] <= least + np.sqrt(least * (1 - least) / images):
+        k = smaller.pop()
+    return k
+
+
+# q6: that of the least error
+def choose_k(errors, images):
+    least = min(errors.values())
+    return min(k for k, error in errors.items() if error - np.sqrt(error * (1 - error) / images) <= least)
+
+
 # q6: more than one standard error
 def choose_k(errors, images):
     least = min(errors.values())
     return min(k for k, error in errors.items() if error <= least + 2 * np.sqrt(least * (1 - least) / images))
 
 
-# q7: it has to be more
+# q7: it has to be 0.15 more
 def keep(T, y, m):
     mean, v = (np.array([getattr(T[y == c], part)(0) for c in range(3)]) for part in ("mean", "var"))
     scores = (v[:, None] * (1 / v[:, None] - 1 / v) ** 2 + ((mean[:, None] - mean) / v) ** 2).max((0, 1))
@@ -155,6 +180,11 @@ def keep(T, y, m):
     wanted = np.eye(3)[y]
     fits = [np.abs(np.corrcoef(np.column_stack([unit, wanted]).T)[0, 1:]).max() for unit in T.T]
     return np.isin(np.arange(T.shape[1]), np.argsort(fits)[-m:])
+
+
+# q7: units that say the same help once
+def keep(T, y, m):
+    return np.arange(T.shape[1]) < m
 
 
 # q7: exactly 3 times True
