@@ -140,8 +140,9 @@ def _download(name: str) -> dict[str, np.ndarray]:
     except (OSError, RuntimeError, tarfile.TarError) as error:
         looked = [os.environ["FISHLIB_DATA"]] if os.environ.get("FISHLIB_DATA") else []
         raise ConnectionError(
-            f"{name}.npz was found neither in {' nor in '.join([*looked, str(CACHE)])} and could not be downloaded "
-            f"({error}): connect to the network once, or put {name}.npz into a folder and set FISHLIB_DATA to it"
+            f"{name}.npz is not in {' or '.join([*looked, str(CACHE)])} and could not be downloaded "
+            f"({' '.join(str(error).split())}): connect to the network once, or put {name}.npz into a folder and set "
+            "FISHLIB_DATA to it"
         ) from error
     arrays = _checked(name, arrays, f"the download of {name}")
     _write(target, {key: arrays[key] for key in (*ARRAYS, "classes")})
@@ -455,7 +456,7 @@ class ImageData(L.LightningDataModule):
             train, held_out = _stratified(train_labels[subset], test_size=validation, seed=self.seed)
         except ValueError as error:
             raise ValueError(f"{self.name}: {len(subset)} images cannot be split into training and validation "
-                             f"({error}): raise limit or validation") from error
+                             f"({error}): have more images, or raise limit or validation") from error
         chosen = {"train": ("train", subset[train]), "validation": ("train", subset[held_out]),
                   "test": ("test", _limited(test_labels, test_limit, 0))}
         return {split: self._tensor(arrays[f"{source}_images"][index], arrays[f"{source}_labels"][index])

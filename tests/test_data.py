@@ -118,7 +118,7 @@ def test_a_download_with_altered_content_is_refused_and_leaves_nothing_behind(no
 
 
 def test_without_file_and_network_one_error_names_what_was_looked_for_and_what_to_do(nowhere):
-    with pytest.raises(ConnectionError, match=r"cifar10\.npz was found neither in .*mine nor in .*cache.*FISHLIB_DATA"):
+    with pytest.raises(ConnectionError, match=r"cifar10\.npz is not in .*mine or .*cache.*FISHLIB_DATA"):
         ImageData("cifar10")
     assert not list(nowhere.rglob("*.npz"))
 

@@ -64,7 +64,10 @@ class Chapter:
             valid = f"use one of {', '.join(self.parameters)}" if self.parameters else "it has none"
             raise ValueError(f"{self.path.stem} has no parameter {name!r}: {valid}")
         parameter = self.parameters[name]
-        value = parameter.check(value)
+        try:
+            value = parameter.check(value)
+        except ValueError as error:
+            raise ValueError(f"{error}{_advice(parameter, value)}") from error
         if isinstance(value, str) and parameter.choices and value not in parameter.choices and Path(value).is_dir():
             # A run works in a folder of its own, where a relative path would mean something else.
             return str(Path(value).resolve())
@@ -93,6 +96,15 @@ class Chapter:
         """
         parts = [self.base, dict(values), data_content(values.get("dataset"))]
         return _digest(json.dumps(parts, sort_keys=True).encode())[:16]
+
+
+def _advice(parameter: Parameter, value: Any) -> str:
+    """What the words for a value that is not valid cannot know: how a list is written, where a folder was looked for."""
+    if parameter.kind is list:
+        return f', in quotes and as Python writes it: "{parameter.default}"'
+    if "a folder" in (parameter.choices or ()):
+        return f" (there is no folder {Path(str(value)).resolve()})"
+    return ""
 
 
 def load(name: str | Path) -> Chapter:

@@ -80,6 +80,10 @@ class Commands(click.Group):
         except KeyboardInterrupt:
             click.echo("interrupted: nothing half-written was left", err=True)
             sys.exit(130)
+        except click.BadOptionUsage as error:
+            if error.option_name not in ("-p", "--parameter"):
+                raise
+            raise BadInput(f"{error.option_name} takes a name and a value, as in {error.option_name} epochs 4") from error
         except OSError as error:
             if error.errno == errno.EPIPE:
                 raise  # the reader of our output has gone, which click ends quietly
@@ -98,7 +102,23 @@ def main() -> None:
     """
 
 
-parameters = click.option("-p", "--parameter", "given", nargs=2, multiple=True, metavar="NAME VALUE",
+def _refuse_equals(context: click.Context, option: click.Parameter, given: Sequence[tuple[str, str]]) -> Any:
+    """Written as name=value, a parameter would take the next word of the command for its value."""
+    for name, _ in given:
+        if "=" in name:
+            raise BadInput(f"-p {name}: write name and value apart, -p {shlex.join(name.split('=', 1))}")
+    return given
+
+
+def _refuse_apart(context: click.Context, option: click.Parameter, words: Sequence[str]) -> Any:
+    """Written as name and values apart, a part of a grid would leave its values for another word of the command."""
+    for word in words:
+        if "=" not in word:
+            raise BadInput(f"{word!r} is no part of a grid: write name=first..last or name=value,value,... in one word")
+    return words
+
+
+parameters = click.option("-p", "--parameter", "given", nargs=2, multiple=True, metavar="NAME VALUE", callback=_refuse_equals,
                           help="Set a parameter of the chapter; see `fishlib params CHAPTER`. Repeatable.")
 profile = click.option("--profile", default="quick", show_default=True,
                        help="Named set of values in chapters/profiles/<chapter>.yml; quick is the chapter's defaults.")
@@ -545,7 +565,7 @@ def refresh(names: Sequence[str], jobs: int | None, timeout: float | None) -> No
 
 @main.command()
 @click.argument("name", metavar="CHAPTER")
-@click.option("-g", "--grid", "words", multiple=True, metavar="NAME=VALUES",
+@click.option("-g", "--grid", "words", multiple=True, metavar="NAME=VALUES", callback=_refuse_apart,
               help="Values of a parameter: seed=0..4, or strength=0,1e-3,1e-2. Repeatable; all combinations run.")
 @profile
 @parameters
@@ -715,7 +735,8 @@ def assign(names: Sequence[str], seed: int, out: Path | None, no_check: bool, bo
               help="Archive to grade by. Default: that of _build/assignments which the notebook names.")
 @click.option("--seed", type=click.IntRange(min=0), help="The number that was given out. Default: the notebook's own.")
 @click.option("--seconds", type=click.FloatRange(min=1), default=180, show_default=True, help="Limit of a submission.")
-@click.option("--cell-seconds", type=click.FloatRange(min=1), default=60, show_default=True, help="Limit of a cell.")
+@click.option("--cell-seconds", type=click.FloatRange(min=1), default=60, show_default=True,
+              help="Limit of a cell. Below 20, a task that never ends can cost the whole submission.")
 @click.option("--out", type=FilePath(dir_okay=False), help="Table to write (CSV), a line each.")
 @click.option("--unconfined", is_flag=True, help="Grade also where a process cannot be kept from writing elsewhere.")
 def grade(submissions: Sequence[Path], autograder: Path | None, seed: int | None, seconds: float, cell_seconds: float,
@@ -789,7 +810,8 @@ def results(pattern: str, folders: Sequence[Path], out: Path | None, summarise: 
     except ValueError as error:
         raise click.ClickException(str(error)) from error
     except ImportError as error:
-        raise click.ClickException(f"{error}: the table needs pyarrow, pip install 'fishlib[sweep]'") from error
+        first = str(error).partition("\n")[0].rstrip(".")  # pandas tells of each engine that it tried
+        raise click.ClickException(f"{first}: the table needs pyarrow, pip install 'fishlib[sweep]'") from error
     for file in files:
         click.echo(_short(file))
 

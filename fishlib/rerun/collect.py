@@ -177,12 +177,14 @@ def readable(table: pd.DataFrame, parameters: Sequence[str]) -> Iterator[tuple[s
 
     Parameters that are the same in all rows of a chapter are left out, and so are lists, dictionaries, texts of more than
     `WIDE` letters, provenance, and records inside records; the files that `save` writes have everything. A summary keeps the
-    names of its records and their means, however long.
+    names of its records and their means, however long. Of a folder of images the last part of its path is shown.
     """
     for chapter, rows in table.groupby("chapter", sort=False):
         whole = rows.dropna(axis="columns", how="all" if "record" in rows else "any")  # a single seed has no deviation
         shown = whole.drop(columns=["chapter", "file"], errors="ignore")
         same = [name for name in parameters if name in shown and shown[name].map(str).nunique() == 1]
+        varied = [name for name in parameters if name in shown and name not in same]
+        shown = shown.assign(**{name: shown[name].map(_last_part) for name in varied})
         kept = [*same, *(("record", "mean") if "record" in rows else ())]
         long = [name for name in shown.columns.difference(kept) if "." in name or not shown[name].map(_short).all()]
         yield chapter, shown.drop(columns=[*same, *long])
@@ -190,6 +192,10 @@ def readable(table: pd.DataFrame, parameters: Sequence[str]) -> Iterator[tuple[s
 
 def _short(value: Any) -> bool:
     return not isinstance(value, list | dict) and (not isinstance(value, str) or len(value) <= WIDE)
+
+
+def _last_part(value: Any) -> Any:
+    return Path(value).name if isinstance(value, str) and Path(value).is_absolute() else value
 
 
 def mixed(table: pd.DataFrame) -> dict[str, int]:

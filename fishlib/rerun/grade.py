@@ -9,6 +9,7 @@ can: look at what gets full points. For people who are not trusted at all, use a
 from __future__ import annotations
 
 import contextlib
+import importlib.util
 import json
 import os
 import re
@@ -75,8 +76,10 @@ def grade(submission: Path, autograder: Path | None = None, *, seconds: float = 
     Raises
     ------
     GradeError
-        no archive, or a system without Landlock
+        no archive, no otter-grader, or a system without Landlock
     """
+    if importlib.util.find_spec("otter") is None:  # each submission would be refused for it
+        raise GradeError("submissions are graded by otter-grader, pip install 'fishlib[course]'")
     if confined and not version():
         raise GradeError("this system cannot confine submissions to a folder (Linux with Landlock can): grade in a "
                          "container or on another machine, or say --unconfined to run them with your own rights")

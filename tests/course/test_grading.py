@@ -125,6 +125,15 @@ def test_reading_the_seed_is_no_assignment_and_a_notebook_without_any_gets_it_fi
     assert [cell.source for cell in seeded.cells] == ["SEED = 12", cells[0].source]
 
 
+def test_without_otter_nothing_is_graded_instead_of_refused(built, monkeypatch, tmp_path):
+    monkeypatch.setattr(grading.importlib.util, "find_spec", lambda name: None)
+    file, table = built[NAME] / "solutions" / f"{NAME}.ipynb", tmp_path / "grades.csv"
+    result = CliRunner().invoke(main, ["grade", str(file), "--autograder", str(archive(built[NAME])), "--out", str(table)])
+    assert result.exit_code == 1
+    assert "pip install 'fishlib[course]'" in result.output
+    assert not table.exists()
+
+
 def test_endless_cell_is_interrupted_and_the_rest_graded(submit):
     one = submit("while True:\n    pass", cell_seconds=10)
     assert (one.status, one.score) == ("graded", one.possible)

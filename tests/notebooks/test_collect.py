@@ -96,6 +96,28 @@ def test_printed_summaries_name_their_records_however_long_the_names(folders, tm
     assert lines[4].split()[:2] == [name, "0.5"]
 
 
+def test_printed_tables_tell_folders_of_images_by_the_last_part_of_their_paths(folders, tmp_path):
+    for dataset in ("digits", "/home/somebody/pictures/of/many/leaves"):
+        leave(folders[0], {"accuracy": 0.9}, dataset=dataset, seed=0)
+    for words in ((), ("--summary",)):
+        lines = fishlib_results(tmp_path, *words).output.splitlines()
+        assert "dataset" in lines[2].split()
+        assert [word for line in lines[3:5] for word in line.split() if word in ("digits", "leaves")] == ["digits", "leaves"]
+    assert "/home/somebody/pictures/of/many/leaves" in set(pd.read_csv(tmp_path / "table.csv")["dataset"])
+
+
+def test_without_pyarrow_one_line_says_what_to_install(folders, tmp_path, monkeypatch):
+    leave(folders[0], {"accuracy": 0.9}, seed=0)
+
+    def without(*_, **__):
+        raise ImportError("Unable to find a usable engine; tried using: 'pyarrow'.\nA suitable version is needed.\n - more")
+
+    monkeypatch.setattr(pd.DataFrame, "to_parquet", without)
+    result = fishlib_results(tmp_path)
+    assert result.exit_code == 1
+    assert result.output.splitlines()[-1].endswith("'pyarrow': the table needs pyarrow, pip install 'fishlib[sweep]'")
+
+
 @pytest.mark.parametrize("value", [math.nan, math.inf, [1.0, -math.inf], {"inner": math.nan}])
 def test_records_that_are_not_finite_are_refused_by_name(folders, tmp_path, value):
     leave(folders[0], {"accuracy": 0.9}, seed=0)

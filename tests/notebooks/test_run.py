@@ -86,7 +86,10 @@ def test_several_chapters_run_at_once_and_one_failure_does_not_stop_the_others(t
     (["-p", "strength", "much"], "float from 0 to 10"),
     (["-p", "strength", "11"], "float from 0 to 10"),
     (["-p", "seed", "0.5"], "int from 0 to 1000"),
-    (["-p", "dataset", "cifar"], "digits, mnist, a folder"),
+    (["-p", "dataset", "cifar"], "digits, mnist, a folder (there is no folder /"),
+    (["-p", "sizes", "300"], 'sizes is list, in quotes and as Python writes it: "['),
+    (["-p", "seed=1", "-p", "strength", "1"], "-p seed=1: write name and value apart, -p seed 1"),
+    (["-p", "seed=1"], "-p "),
     (["-p", "seed", "1", "-p", "seed", "2"], "twice"),
     (["--profile", "fast"], "quick"),
 ])

@@ -70,6 +70,12 @@ def test_a_mistyped_grid_fails_before_anything_is_submitted(tmp_path, chapter, m
     assert not (tmp_path / "out").exists()
 
 
+def test_a_grid_in_two_words_is_answered_with_how_it_is_written(chapter):
+    result = CliRunner().invoke(main, ["sweep", str(chapter()), "-g", "seed", "0..3"])
+    assert result.exit_code == 2
+    assert "'seed' is no part of a grid: write name=first..last" in result.output
+
+
 def test_a_parameter_is_either_fixed_or_in_the_grid(chapter):
     result = CliRunner().invoke(main, ["sweep", str(chapter()), "-g", "seed=0..3", "-p", "seed", "1"])
     assert result.exit_code == 2
