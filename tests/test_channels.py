@@ -387,6 +387,19 @@ def test_redundant_names_as_many_channels_as_asked(size, seed, kind, draw):
     assert len(set(chosen)) == count
     assert set(chosen) <= set(range(size))
 
+def test_divergences_count_both_ways_and_correlations_by_magnitude():
+    divergences = torch.tensor([[0, 0.1, 1.0], [9, 0, 1.5], [1, 1.5, 0]], dtype=torch.float64)
+    assert channels.redundant(divergences, "kl", 1) == channels.redundant(divergences.T, "kl", 1) == [2]
+    correlations = torch.tensor([[1, -0.9, 0.5], [-0.9, 1, 0.0], [0.5, 0, 1]], dtype=torch.float64)
+    assert channels.redundant(correlations, "correlation", 1) == [1]
+    assert channels.redundant(correlations, "cosine", 1) == [2]
+
+
+def test_clusters_are_those_of_average_linkage():
+    # By single linkage the first four would be one cluster, since each is near to the next.
+    places = torch.tensor([0.0, 1.0, 2.05, 3.15, 4.3], dtype=torch.float64)
+    assert channels.redundant((places[:, None] - places[None, :]).abs(), "kl", 3) == [1, 2, 4]
+
 
 def test_a_copied_channel_is_the_redundant_one(net, data):
     net[0].weight.data[6] = net[0].weight.data[2]
@@ -408,6 +421,10 @@ def test_taylor_is_the_squared_product_of_maps_and_gradients(net, data):
         (gradient,) = torch.autograd.grad(nn.functional.cross_entropy(net[2:](maps), label[None]), maps)
         expected = expected + (maps * gradient).sum((0, 2, 3)).detach().double().square() / 15
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-9)
+
+def test_a_random_choice_is_that_of_its_seed(net, data):
+    first, again, other = (channels.choose(net, data, "random", 0.5, seed=seed) for seed in (1, 1, 2))
+    assert first == again != other
 
 
 def test_fpgm_and_rank_are_what_they_are_named_for(net, data):

@@ -176,6 +176,20 @@ def test_tus_procedure_prunes_and_gives_more_bits_to_informative_clusters(net, d
 
 
 # -- during training --------------------------------------------------------------------------------------------------
+def test_tus_procedure_on_eight_weights_is_that_by_hand():
+    net = nn.Linear(8, 1)
+    w = torch.tensor([1.0, 2.0, 3.1, 4.2, 5.3, 6.4, 7.0, 8.0])
+    net.weight.data = w[None]
+    fisher = torch.tensor([100.0, 100, 1, 1.1, 10, 11, 0.01, 0.02])
+    # The two smallest go first, then the two of least information; F = 1, whose logarithm is 0, is kept.
+    parts, informations = {"1": w[2:4], "2": w[4:6]}, {"1": fisher[2:4], "2": fisher[4:6]}
+    bits = codec.allocate(codec.divergence_costs(parts, informations, by="fixed_point"), 5.0)
+    rounded, found = codec.tu(net, {"weight": fisher[None]}, 0.5, average=5.0, clusters=2, small=0.5)
+    assert found == {1: bits["1"], 2: bits["2"]}
+    assert bits["2"] > bits["1"]
+    kept = torch.cat([codec.fixed_point(part, bits[g]) for g, part in parts.items()])
+    assert torch.equal(rounded.weight[0], torch.cat([torch.zeros(2), kept, torch.zeros(2)]))
+
 
 def test_rounded_weights_train_through_the_rounding(net, data):
     before = copy.deepcopy(net.state_dict())
@@ -183,6 +197,30 @@ def test_rounded_weights_train_through_the_rounding(net, data):
     assert all(len(w.unique()) <= 7 for w in weights.values(trained).values())
     assert history.train_loss.iloc[-1] < history.train_loss.iloc[0]
     assert all(torch.equal(before[k], v) for k, v in net.state_dict().items())
+
+class Steps(codec.L.Callback):
+    """The step that trains, and whether the first layer's weights take few values then."""
+
+    def __init__(self):
+        self.few = []
+
+    def on_train_batch_end(self, trainer, module, *_):
+        self.few.append(len(weights.values(module.net)["1.weight"].unique()) <= 9)
+
+
+def test_weights_are_rounded_from_the_stated_share_of_the_training_on(net, data):
+    steps = Steps()
+    fit(net, data, epochs=4, callbacks=[codec.RoundedWeights(3, start=0.25), steps])
+    assert steps.few == [step >= 0.25 * len(steps.few) for step in range(len(steps.few))]
+
+
+def test_clusters_are_formed_at_the_start_and_again_over_the_rest_of_the_training(net, data, monkeypatch):
+    steps, formed, assign = Steps(), [], codec.Shared.assign
+    monkeypatch.setattr(codec.Shared, "assign", lambda self, *given: (formed.append(len(steps.few)), assign(self, *given))[1])
+    fit(net, data, epochs=4, callbacks=[steps, codec.SharedWeights(3, bias_bits=None, start=0.5, rounds=2)])
+    total = len(steps.few)
+    assert sorted(set(formed)) == [round(0.5 * total), round(0.75 * total)]
+    assert steps.few == [step >= round(0.5 * total) for step in range(total)]
 
 
 def test_shared_weights_take_few_values_and_train_them(net, data):

@@ -35,6 +35,14 @@ def test_convolutions_cost_what_their_loops_do(before, after, groups, kernel, st
     assert found.macs == positions * after * groups * before * kernel**2
     assert found.activations == positions * after * groups
 
+@settings(max_examples=15, deadline=None)
+@given(before=st.integers(1, 3), after=st.integers(1, 3), groups=st.integers(1, 3), kernel=st.integers(1, 3),
+       stride=st.integers(1, 2), side=st.integers(2, 5))
+def test_transposed_convolutions_cost_what_their_loops_over_inputs_do(before, after, groups, kernel, stride, side):
+    layer = nn.ConvTranspose2d(before * groups, after * groups, kernel, stride, groups=groups)
+    found = cost.count(layer, (before * groups, side, side))
+    assert found.macs == side**2 * before * groups * after * kernel**2
+
 
 class Functional(nn.Module):
     """BatchNorm, ReLU and a matrix product without modules of their own."""
@@ -77,6 +85,18 @@ def test_attention_costs_its_projections_and_both_products_and_fused_kernels_sta
     assert torch.backends.mha.get_fastpath_enabled()
     assert torch.backends.cuda.flash_sdp_enabled()
 
+def test_products_of_batches_of_matrices_are_counted_with_and_without_an_addend():
+    class Products(nn.Module):
+        def forward(self, x):
+            return torch.baddbmm(torch.zeros(1, 4, 5), x, torch.ones(1, 3, 5)) @ torch.ones(1, 5, 2)
+
+    assert cost.count(Products(), (4, 3)).macs == 4 * 3 * 5 + 4 * 5 * 2
+
+
+def test_a_network_in_training_costs_what_it_does_in_evaluation():
+    net = nn.Sequential(nn.Linear(4, 3), nn.BatchNorm1d(3), nn.ReLU())
+    assert cost.count(net.train(), (4,)).norm_outputs == cost.count(net.eval(), (4,)).norm_outputs == 3
+
 
 def test_the_table_of_layers_adds_up_to_the_whole():
     found = cost.count(nets.resnet(20), (3, 32, 32))
@@ -95,6 +115,25 @@ def test_energy_follows_the_table_by_hand():
     assert short["weights from DRAM"] == pytest.approx(40 * 160)
     with pytest.raises(ValueError, match="bits=3"):
         cost.count(nn.Linear(10, 4), (10,), bits=3).energy()
+
+@pytest.mark.parametrize(("bits", "add", "multiply"), [(32, 0.9, 3.7), (16, 0.4, 1.1), (8, 0.03, 0.2)])
+def test_energy_counts_an_add_for_each_output_of_batchnorm_and_relu_and_words_of_32_bits(bits, add, multiply):
+    net = nn.Sequential(nn.Conv2d(2, 3, 1, bias=False), nn.BatchNorm2d(3), nn.ReLU())
+    found = cost.count(net, (2, 4, 4), bits)
+    energy = found.energy() * 1e6
+    assert energy["arithmetic"] == pytest.approx(16 * 6 * (add + multiply) + 2 * 16 * 3 * add)
+    assert energy["weights from DRAM"] == pytest.approx((6 + 6) * bits / 32 * 640)
+    assert energy["activations in SRAM"] == pytest.approx(2 * 3 * 16 * 3 * bits / 32 * 5)
+    assert found.weight_bytes == 12 * bits / 8
+
+
+def test_latency_is_the_median_of_the_passes_after_three(monkeypatch):
+    durations, ticks = [9, 9, 9, 1, 5, 2, 4, 3], [0.0]
+    for duration in durations:
+        ticks += [ticks[-1] + duration, ticks[-1] + duration]
+    clock = iter(ticks)
+    monkeypatch.setattr(cost.time, "perf_counter", lambda: next(clock))
+    assert cost.latency(nn.Linear(4, 2), (4,), repeats=5) == 3
 
 
 def test_counting_and_timing_leave_the_network_as_it_was():

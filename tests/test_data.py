@@ -330,6 +330,14 @@ def test_standardisation_uses_the_training_pixels_alone(digits):
     assert abs(float(images.mean())) < 1e-4
     assert abs(float(images.std()) - 1) < 1e-3
 
+def test_each_colour_has_its_own_mean_and_deviation():
+    images = torch.randint(256, (7, 5, 4, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    images[..., 1] //= 2
+    mean, std = module._moments(images)
+    pixels = images.double().flatten(0, 2) / 255
+    assert torch.allclose(mean.double(), pixels.mean(0), atol=1e-6)
+    assert torch.allclose(std.double(), pixels.std(0, correction=0), atol=1e-6)
+
 
 def test_an_epoch_visits_every_image_once_in_another_order_each_time(digits):
     batches = ImageData(batch_size=64, device="cpu").batches("train")
@@ -340,6 +348,50 @@ def test_an_epoch_visits_every_image_once_in_another_order_each_time(digits):
     assert not torch.equal(torch.cat(first), torch.cat(second))
     batches.set_epoch(0)
     assert torch.equal(torch.cat(first), torch.cat([labels for _, labels in batches]))
+
+def test_batches_of_another_seed_come_in_another_order(digits):
+    orders = [torch.cat([labels for _, labels in module.Batches(*digits._tensors["train"], digits.mean, digits.std, 64, True,
+                                                                seed=seed)]) for seed in (0, 0, 1)]
+    assert torch.equal(orders[0], orders[1])
+    assert not torch.equal(orders[0], orders[2])
+
+
+def test_a_shuffled_epoch_of_fewer_images_than_a_batch_is_one_batch(digits):
+    batches = digits.first(10).batches("train")
+    assert [len(labels) for _, labels in batches] == [10]
+    assert len(batches) == 1
+
+
+def test_ordered_training_images_are_not_augmented():
+    data = ImageData(augment=module.AUGMENTATIONS, device="cpu")
+    images = torch.cat([x for x, _ in data.batches("train", shuffle=False)])
+    assert torch.equal(images, data.split("train")[0])
+
+
+def test_loaders_of_a_trainer_are_those_of_their_splits(digits):
+    for loader, split in ((digits.train_dataloader, "train"), (digits.val_dataloader, "validation"),
+                          (digits.test_dataloader, "test")):
+        assert torch.equal(loader().images, digits._tensors[split][0])
+        assert loader().shuffle == (split == "train")
+
+
+@pytest.mark.parametrize("shuffle", [True, False])
+def test_processes_share_an_epoch_without_an_image_twice(monkeypatch, shuffle):
+    images, labels, one = torch.zeros(11, 2, 2, 1, dtype=torch.uint8), torch.arange(11), torch.ones(1)
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 3)
+    drawn = []
+    for rank in range(3):
+        monkeypatch.setattr(torch.distributed, "get_rank", lambda rank=rank: rank)
+        batches = module.Batches(images, labels, one, one, 2, shuffle)
+        drawn.append([some.tolist() for _, some in batches])
+        assert len(drawn[-1]) == len(batches)
+    seen = [label for share in drawn for batch in share for label in batch]
+    assert len(set(seen)) == len(seen)
+    if shuffle:  # as many batches for each, so that none waits for the others
+        assert {len(share) for share in drawn} == {1}
+    else:
+        assert sorted(seen) == list(range(11))
 
 
 def test_ordered_batches_hold_the_whole_split_unaugmented(digits):
@@ -359,6 +411,17 @@ def test_every_augmented_image_is_a_shifted_perhaps_mirrored_original(side, chan
             padded = torch.nn.functional.pad(version, (0, 0, pad, pad, pad, pad))
             candidates += [padded[i : i + side, j : j + side] for i in range(2 * pad + 1) for j in range(2 * pad + 1)]
         assert any(torch.equal(result, candidate) for candidate in candidates)
+
+def test_crops_and_flips_are_drawn_evenly_and_for_each_image_alone():
+    generator = torch.Generator().manual_seed(0)
+    places = torch.stack(torch.meshgrid(torch.arange(16), torch.arange(16), indexing="ij"), -1).to(torch.uint8)
+    images = places.expand(4000, -1, -1, -1)
+    shifts = augment(images, ("crop",), generator)[:, 8, 8].long() - 8
+    rows, columns = shifts.unbind(1)
+    counts = torch.bincount(5 * (rows + 2) + columns + 2, minlength=25)  # two pixels either way
+    assert int((counts - 160).abs().max()) < 4 * 160**0.5
+    mirrored = augment(images, ("flip",), generator)[:, 0, 0, 1] == 15
+    assert abs(int(mirrored.sum()) - 2000) < 4 * 1000**0.5
 
 
 def test_cutout_hides_one_square_of_half_the_side():

@@ -113,6 +113,15 @@ def test_score_matching_finds_the_score_of_a_gaussian_and_leaves_the_random_stat
     error = (score(x) + x / torch.tensor([1.0, 0.49])).square().sum(1).mean()
     assert error < 0.1 * (x / torch.tensor([1.0, 0.49])).square().sum(1).mean()
 
+def test_score_matching_repeats_with_its_seed_and_its_learning_rate_falls_as_a_cosine(monkeypatch):
+    rates, step = [], torch.optim.Adam.step
+    monkeypatch.setattr(torch.optim.Adam, "step", lambda self: (rates.append(self.param_groups[0]["lr"]), step(self))[1])
+    x = torch.randn(50, 2, generator=torch.Generator().manual_seed(0))
+    first, again, other = (dv.fit_score(x, steps=8, lr=0.1, batch=10, seed=seed)(x) for seed in (1, 1, 2))
+    assert torch.equal(first, again)
+    assert not torch.equal(first, other)
+    assert rates[:8] == pytest.approx([0.05 * (1 + math.cos(math.pi * t / 8)) for t in range(8)])
+
 
 def test_score_matching_finds_the_score_of_a_density_that_is_not_gaussian():
     g = torch.Generator().manual_seed(0)
@@ -177,6 +186,23 @@ def test_measures_of_dependence_do_not_change_far_from_the_origin():
         assert found.dtype == torch.float32
         assert float(found) == pytest.approx(float(expected), rel=1e-3)
     assert dv.distance_correlation(rows, labels) > 0.1
+
+def test_kernel_information_is_that_of_sums_over_the_other_rows():
+    g = torch.Generator().manual_seed(0)
+    labels = torch.tensor([0] * 4 + [2] * 9 + [1] * 7)
+    x = torch.randn(20, 3, generator=g, dtype=torch.float64) + labels[:, None]
+    spread = x.var(0, correction=0).mean().sqrt()
+    for bandwidth, width in ((0.7, 0.7), (None, float(spread) * 20 ** (-1 / 7))):
+        total = 0.0
+        for i in range(20):
+            density = {c: 0.0 for c in (0, 1, 2)}
+            for j in range(20):
+                if i != j:
+                    density[int(labels[j])] += math.exp(-float((x[i] - x[j]).square().sum()) / (2 * width**2))
+            density = {c: s / (int((labels == c).sum()) - (c == int(labels[i]))) for c, s in density.items()}
+            whole = sum(density[c] * int((labels == c).sum()) / 20 for c in density)
+            total += math.log(density[int(labels[i])] / whole) / 20
+        assert float(dv.kde_mutual_information(x, labels, bandwidth)) == pytest.approx(total, rel=1e-9)
 
 
 def test_bias_of_independent_features_is_as_stated():

@@ -12,7 +12,7 @@ from torch import nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from fishlib import fisher, nets, per_sample
+from fishlib import fisher, natural_gradient, nets, per_sample
 
 
 def loop_diagonal(net, images, labels, kind):
@@ -238,6 +238,26 @@ def test_columns_that_do_not_fit_together_are_done_in_parts(monkeypatch, large):
     monkeypatch.setattr("fishlib.per_sample.CHUNK", 50)
     assert relative_error(fisher.diagonal(net, (images, labels)), whole) < 1e-12
 
+@pytest.mark.filterwarnings("ignore:There is a performance drop")
+@pytest.mark.parametrize("name", ["tied", "functional", "groups", "recurrent", "wide"])
+def test_samples_that_do_not_fit_together_are_done_one_after_the_other(monkeypatch, name):
+    monkeypatch.setitem(NETS, "wide", lambda: (nn.Linear(150, 3), (150,)))
+    net, images, _ = build(name, 7)
+    whole, trace = fisher.diagonal(net, images), fisher.trace(net, images)
+    monkeypatch.setattr(per_sample, "CHUNK", 1)
+    assert relative_error(fisher.diagonal(net, images), whole) < 1e-12
+    found = fisher.trace(net, images)
+    assert (found.value, found.standard_error) == (pytest.approx(trace.value), pytest.approx(trace.standard_error))
+
+
+def test_normalisations_have_the_constant_that_they_were_given():
+    torch.manual_seed(0)
+    net = convolutions(nn.Conv2d(1, 4, 2), nn.BatchNorm2d(4, eps=0.3), nn.Tanh(), nn.GroupNorm(2, 4, eps=0.3),
+                       nn.LayerNorm((3, 3), eps=0.3), features=36)
+    net = trained_statistics(net).double().eval()
+    images, labels = torch.randn(4, 1, 4, 4, dtype=torch.float64), torch.zeros(4, dtype=torch.int64)
+    assert relative_error(fisher.diagonal(net, images), loop_diagonal(net, images, labels, "exact")) < 1e-6
+
 
 def test_chosen_parameters_alone_are_computed_also_frozen_ones():
     net, images, labels = build("residual")
@@ -251,6 +271,15 @@ def test_chosen_parameters_alone_are_computed_also_frozen_ones():
 
 
 # Closed forms ---------------------------------------------------------------------------------------------------------------
+def test_a_parameter_given_by_two_names_counts_once():
+    net = nn.Sequential(nn.Linear(3, 3), nn.Tanh(), nn.Linear(3, 3)).double()
+    net[2].weight = net[0].weight
+    images = torch.randn(5, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    expected = fisher.diagonal(net, images)["0.weight"]
+    found = fisher.diagonal(net, images, parameters=["0.weight", "2.weight", net[2].weight])
+    assert list(found) == ["0.weight"]
+    assert torch.allclose(found["0.weight"], expected)
+
 
 def test_logistic_regression_has_its_closed_form():
     torch.manual_seed(0)
@@ -440,6 +469,13 @@ def test_kl_equals_its_definition_and_is_zero_for_equal_networks():
 
 
 # Chance ---------------------------------------------------------------------------------------------------------------------
+def test_kl_of_gaussian_predictions_is_that_of_torch():
+    torch.manual_seed(0)
+    one, other, images = nn.Linear(4, 3).double(), nn.Linear(4, 3).double(), torch.randn(7, 4, dtype=torch.float64)
+    p, q = (torch.distributions.Normal(net(images), 0.5) for net in (one, other))
+    expected = torch.distributions.kl_divergence(p, q).sum(1).mean()
+    assert fisher.kl(one, other, images, fisher.Gaussian(0.5)) == pytest.approx(float(expected))
+
 
 def test_sampled_converges_to_exact_as_one_over_the_root_of_samples():
     net, images, _ = build("mlp", 8)
@@ -474,6 +510,27 @@ def test_trace_standard_error_is_that_of_a_mean_over_images():
     assert found.standard_error == pytest.approx(float(each.std()) / 3, rel=1e-5)
     assert math.isnan(fisher.trace(net, images[:1]).standard_error)
     assert math.isnan(fisher.trace_estimate(net, images).standard_error)
+
+@pytest.mark.parametrize("sizes", [[3, 3, 3], [1, 2, 5, 1]])
+def test_the_error_of_one_backward_traces_is_that_of_a_mean_weighted_by_images(sizes):
+    net, images, _ = build("mlp", 9)
+    found = fisher.trace_estimate(net, images.split(sizes), generator=torch.Generator().manual_seed(0))
+    generator, n = torch.Generator().manual_seed(0), torch.tensor(sizes, dtype=torch.float64)
+    values = torch.tensor([fisher.trace_estimate(net, part, generator=generator).value for part in images.split(sizes)],
+                          dtype=torch.float64)
+    mean = (n * values).sum() / 9
+    error = ((n * (values - mean)).square().sum() / 81 * len(n) / (len(n) - 1)).sqrt()
+    assert found.value == pytest.approx(float(mean), rel=1e-9)
+    assert found.standard_error == pytest.approx(float(error), rel=1e-6)
+
+
+def test_the_error_of_traces_that_hardly_differ_is_right_in_single_precision():
+    net, images, labels = build("mlp", 40)
+    images = images[:1] + 1e-4 * images
+    expected = fisher.trace(net, (images, labels))
+    found = fisher.trace(net.float(), (images.float(), labels))
+    assert expected.standard_error < 1e-4 * expected.value
+    assert found.standard_error == pytest.approx(expected.standard_error, rel=0.05)
 
 
 def test_sampled_repeats_with_its_generator_and_differs_without():
@@ -670,6 +727,63 @@ def badly_scaled():
     labels = (images @ torch.randn(12, 3) / torch.logspace(0, -2, 12).mean()).argmax(1)
     return images, labels, nn.Sequential(nn.Linear(12, 8), nn.Tanh(), nn.Linear(8, 3))
 
+@pytest.mark.parametrize("bias", [True, False])
+def test_factors_of_a_convolution_are_those_of_its_patches_and_of_the_mean_over_its_positions(bias):
+    torch.manual_seed(0)
+    layer = nn.Conv2d(2, 3, (2, 3), (2, 1), (1, 0), (1, 2)).double()
+    images = torch.randn(4, 2, 5, 7, dtype=torch.float64)
+    rule = per_sample.Convolution(images, layer.weight, layer.bias, layer.stride, layer.padding, layer.dilation)
+    outputs = layer(images)
+    g = torch.randn(4, 2, *outputs.shape[1:], dtype=torch.float64)
+    a, s, positions = 0, 0, outputs[0, 0].numel()
+    for n in range(4):
+        for i, j in torch.cartesian_prod(*map(torch.arange, outputs.shape[2:])).tolist():
+            patch = torch.autograd.grad(outputs[n, 0, i, j], layer.weight, retain_graph=True)[0][0].flatten()
+            patch = torch.cat([patch, patch.new_ones(1)]) if bias else patch
+            a = a + torch.outer(patch, patch)
+            s = s + sum(torch.outer(g[n, k, :, i, j], g[n, k, :, i, j]) for k in range(2)) / positions
+    assert torch.allclose(natural_gradient.input_moment(rule, bias), a)
+    assert torch.allclose(natural_gradient.gradient_moment(rule, g), s)
+
+
+@pytest.mark.parametrize("max_kl", [None, 1e-4])
+def test_steps_of_natural_gradient_are_those_of_their_moving_factors(max_kl):
+    torch.manual_seed(0)
+    net, images, labels = nn.Linear(4, 3).double(), torch.randn(20, 4, dtype=torch.float64), torch.randint(3, (20,))
+    optimizer = fisher.NaturalGradient(net, 0.2, 0.1, momentum=0.5, decay=0.8, every=1, weight_decay=0.3, max_kl=max_kl,
+                                       generator=torch.Generator().manual_seed(1))
+    generator, rows = torch.Generator().manual_seed(1), torch.cat([images, torch.ones(20, 1, dtype=torch.float64)], 1)
+    a, s, m = rows.T @ rows / 20, None, torch.zeros(3, 5, dtype=torch.float64)
+    for _ in range(3):
+        w = torch.cat([net.weight, net.bias[:, None]], 1).detach()
+        drawn = fisher.SOFTMAX.sampled(rows @ w.T, 1, generator)[:, 0]
+        net.eval()
+        net(images)  # in evaluation no factor changes
+        net.train()
+        new = drawn.T @ drawn / 20
+        s = new if s is None else 0.8 * s + 0.2 * new
+        optimizer.zero_grad()
+        F.cross_entropy(net(images), labels).backward()
+        optimizer.step()
+        g = torch.cat([net.weight.grad, net.bias.grad[:, None]], 1)
+        d = torch.linalg.solve(torch.kron(s, a) + 0.1 * torch.eye(15, dtype=torch.float64), g.flatten()).view(3, 5)
+        change = 0.5 * (0.2 / 0.5) ** 2 * (d * g).sum()
+        m = 0.5 * m + d * (1 if max_kl is None else min(1, (max_kl / change) ** 0.5))
+        expected = w * (1 - 0.2 * 0.3) - 0.2 * m
+        assert torch.allclose(torch.cat([net.weight, net.bias[:, None]], 1), expected)
+
+
+def test_factors_are_updated_on_every_so_many_passes_of_training():
+    images, labels, net = badly_scaled()
+    optimizer, updates = fisher.NaturalGradient(net, every=3), []
+    for _ in range(7):
+        before = {key: block.s.clone() for key, block in optimizer.blocks.items()}
+        optimizer.zero_grad()
+        F.cross_entropy(net(images), labels).backward()
+        optimizer.step()
+        updates.append(not all(key in before and torch.equal(block.s, before[key]) for key, block in optimizer.blocks.items()))
+    assert updates == [True, False, False, True, False, False, True]
+
 
 def test_natural_gradient_descends_faster_than_plain_on_badly_scaled_inputs():
     images, labels, net = badly_scaled()
@@ -748,12 +862,28 @@ def test_from_adam_is_the_empirical_diagonal_for_batches_of_one_image():
     named.step()
     assert list(fisher.from_adam(named, 8)) == ["weight", "bias"]
 
+def test_from_adam_is_the_batch_size_times_the_squared_gradient_of_a_first_batch():
+    torch.manual_seed(0)
+    net = nn.Linear(4, 3).double()
+    optimizer = torch.optim.Adam(net.parameters())
+    F.cross_entropy(net(torch.randn(8, 4, dtype=torch.float64)), torch.randint(3, (8,))).backward()
+    optimizer.step()
+    expected = {name: 8 * p.grad.square() for name, p in net.named_parameters()}
+    assert relative_error(fisher.from_adam(optimizer, 8, net), expected) < 1e-9
+
 
 def test_from_adam_refuses_an_optimizer_without_second_moments():
     net = nn.Linear(2, 2)
     for optimizer in (torch.optim.SGD(net.parameters(), lr=0.1), torch.optim.Adam(net.parameters())):
         with pytest.raises(ValueError, match="pass an Adam that has taken a step"):
             fisher.from_adam(optimizer, 8)
+
+def test_from_adam_counts_positions_also_over_parameters_without_a_gradient():
+    first, second, third = (nn.Parameter(torch.ones(2)) for _ in range(3))
+    optimizer = torch.optim.Adam([{"params": [first, second]}, {"params": [third]}])
+    third.square().sum().backward()
+    optimizer.step()
+    assert list(fisher.from_adam(optimizer, 1)) == [2]
 
 
 def test_examples_in_docstrings_hold():

@@ -31,6 +31,8 @@ def share(rank, folder):
     uneven = [[(images[:2], labels[:2])], [(images[2:5], labels[2:5]), (images[5:], labels[5:])]]
     empty = [[(images, labels)], []]
     torch.save([measured(net, parts[rank]) for parts in (uneven, empty)], f"{folder}/{rank}.pt")
+    estimate = fisher.trace_estimate(net, uneven[rank], generator=torch.Generator().manual_seed(rank))
+    torch.save(torch.tensor([estimate.value, estimate.standard_error]), f"{folder}/estimate-{rank}.pt")
     torch.distributed.barrier()
     torch.distributed.destroy_process_group()
 
@@ -44,3 +46,11 @@ def test_two_processes_give_the_numbers_of_one_also_when_one_has_no_images(tmp_p
             for what, values in expected.items():
                 for name, value in values.items():
                     assert torch.allclose(found[what][name], value, rtol=1e-6), (what, name)
+        draws, n = torch.Generator().manual_seed(0), torch.tensor([2, 3, 2], dtype=torch.float64)
+        values = [fisher.trace_estimate(net, images[:2], generator=draws).value]
+        draws.manual_seed(1)
+        values += [fisher.trace_estimate(net, part, generator=draws).value for part in (images[2:5], images[5:])]
+        values = torch.tensor(values, dtype=torch.float64)
+        mean = (n * values).sum() / 7
+        error = ((n * (values - mean)).square().sum() / 49 * 3 / 2).sqrt()
+        assert torch.allclose(torch.load(tmp_path / f"estimate-{rank}.pt").double(), torch.stack([mean, error]))

@@ -1,6 +1,7 @@
 """The penalties against slow oracles: sums over images and classes in float64, explicit steps, training runs."""
 
 import copy
+import math
 import os
 import subprocess
 import sys
@@ -402,6 +403,51 @@ def test_training_at_noisy_weights_uses_the_gradient_there(threat):
     for a, b, mask in zip(ours, theirs, masks, strict=True):
         torch.testing.assert_close(a, b * mask)
 
+def test_distillation_is_the_softened_divergence_from_the_teacher_times_the_squared_temperature():
+    net, (images, labels) = networks()["mlp"].double(), batch()
+    teacher = nets.mlp((1, 4, 4), 3, (8,)).double()
+    value = penalty.Distillation(0.3, teacher, temperature=2.0)(net, images, labels, net(images))
+    expected = 0.0
+    for p, q in zip(*((one(images) / 2).softmax(1).tolist() for one in (teacher, net)), strict=True):
+        expected += 0.3 * 4 * sum(a * math.log(a / b) for a, b in zip(p, q, strict=True)) / len(images)
+    assert value.item() == pytest.approx(expected)
+
+
+def test_the_divergence_of_noise_is_that_of_the_changed_network_from_this_one():
+    net, (images, labels) = networks()["mlp"].double(), batch()
+    torch.manual_seed(3)
+    value = penalty.KLNoise(2.0, sigma=0.5)(net, images, labels, net(images)).item()
+    torch.manual_seed(3)
+    other = copy.deepcopy(net)
+    with torch.no_grad():
+        for w in other.parameters():
+            w += 0.5 * (w.max() - w.min()) * torch.randn_like(w)
+    expected = 0.0
+    for p, q in zip(*(one(images).softmax(1).tolist() for one in (net, other)), strict=True):
+        expected += 2 * sum(a * math.log(a / b) for a, b in zip(p, q, strict=True)) / len(images)
+    assert value == pytest.approx(expected)
+
+
+def test_the_trace_of_a_share_is_the_mean_over_the_first_images():
+    net, (images, labels) = networks()["convolution"].double(), batch()
+    values = []
+    for term, some in ((penalty.FisherTrace(1.0, share=0.5), images), (penalty.FisherTrace(1.0, share=1.0), images[:3])):
+        torch.manual_seed(0)
+        values.append(term(net, some, labels[: len(some)], net(some)).item())
+    assert values[0] == pytest.approx(values[1], rel=1e-12)
+
+
+def test_noise_whose_size_counts_adds_the_slope_through_its_unit():
+    net, (images, labels) = networks()["mlp"].double(), batch()
+    torch.manual_seed(6)
+    value = penalty.NoisyWeights(0.2, through=True).objective(net, images, labels, net(images), F.cross_entropy)
+    ours = torch.autograd.grad(value, list(net.parameters()))
+    torch.manual_seed(6)
+    moved = {name: p + 0.2 * (p.max() - p.min()) * torch.randn_like(p) for name, p in net.named_parameters()}
+    loss = F.cross_entropy(torch.func.functional_call(net, moved, (images,)), labels)
+    for a, b in zip(ours, torch.autograd.grad(loss, list(net.parameters())), strict=True):
+        torch.testing.assert_close(a, b)
+
 
 def test_distillation_vanishes_at_the_teacher_and_never_changes_it():
     net, (images, labels) = networks()["normalised"].double(), batch()
@@ -689,6 +735,47 @@ def test_a_decoupled_step_has_the_learning_rate_of_the_step_before_it(digits, mo
 def test_a_share_of_a_small_batch_leaves_batch_statistics(digits):
     net, (images, labels) = networks()["batch statistics"].double().train(), batch(4)
     assert penalty.FisherTrace(1.0)(net, images, labels, net(images)).isfinite()
+
+def test_a_pull_is_weighted_by_the_moving_average_over_its_largest_value():
+    net, rounding = networks()["mlp"].double(), penalty.round_to(2)
+    pull = penalty.FisherQuantization(0.5, rounding, constant=0.1, decay=0.9)
+    before = {name: w.detach().clone() for name, w in net.named_parameters() if w.ndim > 1}
+    means = {name: torch.zeros_like(w) for name, w in before.items()}
+    for strength in (0.0, 0.5):  # at a step that `every` leaves out the average goes on
+        for name, w in net.named_parameters():
+            w.grad = torch.randn_like(w)
+            if name in means:
+                means[name] = 0.9 * means[name] + 0.1 * w.grad.square()
+        pull.pull(torch.optim.SGD(net.parameters(), 0.3), net, strength)
+    for name, w in before.items():
+        factor = 0.3 * 0.5 * (means[name] / means[name].max() + 0.1)
+        torch.testing.assert_close(net.get_parameter(name).detach(), w - factor * (w - rounding(w)))
+
+
+@pytest.mark.parametrize("make", [penalty.FisherWeighted, penalty.FisherQuantization])
+def test_decoupled_steps_have_the_strength_of_the_schedule(digits, monkeypatch, make):
+    strengths = []
+    name = "shrink" if make is penalty.FisherWeighted else "pull"
+    monkeypatch.setattr(make, name, lambda self, optimizer, net, strength, *rest: strengths.append(strength))
+    fit(small(digits), digits, epochs=4, penalty=make(0.5, every=2, warmup=0.5))
+    left_out = [] if name == "shrink" else [0.0]
+    expected = [0.5 * 2 * min(1, step / 6) if step % 2 == 0 else 0.0 for step in range(12)]
+    assert [s for s in strengths if s] == pytest.approx([s for s in expected if s])
+    assert set(left_out) <= set(strengths)
+
+
+def test_the_diagonal_is_estimated_anew_every_so_many_steps_and_shrinks_by_its_own_formula(digits, monkeypatch):
+    net, steps = small(digits), []
+    term = penalty.FisherWeighted(0.5, "diagonal", refresh=4)
+    fisher = {name: torch.rand_like(p) for name, p in net.named_parameters()}
+    monkeypatch.setattr(penalty, "_diagonal", lambda *_: (steps.append(term.step), fisher)[1])
+    fit(net, digits, epochs=4, penalty=term)
+    assert steps == [0, 4, 8]
+    before = [p.detach().clone() for p in net.parameters()]
+    F.cross_entropy(net(digits.split("train")[0][:8]), digits.split("train")[1][:8]).backward()
+    term.shrink(torch.optim.SGD(net.parameters(), 0.1), net, 0.5, 8)
+    for (name, p), w in zip(net.named_parameters(), before, strict=True):
+        torch.testing.assert_close(p.detach(), w / (1 + 2 * 0.1 * 0.5 * fisher[name]))
 
 
 def test_quantisation_pulls_weights_to_their_levels(digits):

@@ -2,12 +2,14 @@
 
 import copy
 import dataclasses
+import statistics
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.stats import binomtest, norm
+from scipy.stats import t as student
 from torch import nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
@@ -135,6 +137,18 @@ def test_the_curve_starts_at_the_accuracy_of_the_network_and_falls(net, data):
     again = tampering.curve(net, data, "range_noise", [0.0, 0.05, 0.5], repeats=4)
     assert table.equals(again)
 
+@pytest.mark.parametrize("biases", [True, False])
+def test_the_interval_of_a_curve_is_students_over_its_draws(net, data, biases):
+    table = tampering.curve(net, data, "range_noise", [0.2], repeats=5, biases=biases, seed=3)
+    source, values = generator(3), []
+    for _ in range(5):
+        with tampering.perturb(net, "range_noise", 0.2, source, biases):
+            values.append(evaluate(net, data, "test").accuracy)
+    low, high = student.interval(0.95, 4, statistics.mean(values), statistics.stdev(values) / 5**0.5)
+    assert table.accuracy[0] == pytest.approx(statistics.mean(values))
+    assert table.deviation[0] == pytest.approx(statistics.stdev(values))
+    assert (table.low[0], table.high[0]) == (pytest.approx(low), pytest.approx(high))
+
 
 def test_outputs_that_are_not_numbers_count_as_wrong(net, data):
     broken = {name: torch.full_like(p, float("nan")) for name, p in net.named_parameters()}
@@ -159,6 +173,13 @@ def test_statistics_are_taken_anew_for_the_changed_weights_only(normalised, data
     for name, value in buffers.items():
         if "running" in name:
             torch.testing.assert_close(value, expected[name])
+
+def test_accuracies_with_statistics_taken_anew_are_those_under_each_draw_s_own(normalised, data):
+    draws = [tampering.changed(normalised, "range_noise", 0.3, generator(seed)) for seed in range(3)]
+    own = [weights | tampering.reestimated(normalised, data, weights) for weights in draws]
+    found = tampering.accuracies(normalised, data, draws, reestimate=True)
+    assert found == tampering.accuracies(normalised, data, own)
+    assert found != tampering.accuracies(normalised, data, draws)
 
 
 def test_each_flip_changes_one_bit_and_the_search_beats_chance(net, data):
@@ -252,6 +273,23 @@ def test_attacks_stay_within_each_radius_and_change_no_certified_prediction(net,
     assert far.violated.mean() > 0.5
     assert attacked.votes.mean() < still.votes.mean()
 
+def test_a_certificate_takes_its_class_from_the_first_draws_and_its_bound_from_the_others():
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Flatten(), nn.Linear(6, 2, bias=False)).double()
+    images, others = torch.randn(60, 1, 2, 3, dtype=torch.float64), 0
+    certificate = tampering.certify(net, images, 0.5, 205, 0.05, generator=generator(2), chunk=7)
+    source, counts, w = generator(2), torch.zeros(2, 60, 2, dtype=torch.long), net[1].weight.detach()
+    for draw in range(205):
+        moved = w + 0.5 * (w.max() - w.min()) * torch.randn(w.shape, generator=source, dtype=w.dtype)
+        counts[int(draw >= 20)] += F.one_hot((images.flatten(1) @ moved.T).argmax(1), 2)
+    for image, (first, second) in enumerate(counts.transpose(0, 1)):
+        low, highest = (binomtest(int(agreed), 185, alternative="greater").proportion_ci(0.95, "exact").low
+                        for agreed in (second[first.argmax()], second.max()))
+        assert certificate.predictions[image] == (first.argmax() if low > 0.5 else -1)
+        assert certificate.radii[image].item() == pytest.approx(0.5 * norm.ppf(low) if low > 0.5 else 0, abs=1e-6)
+        others += highest > 0.5 >= low
+    assert 0 < others < certificate.abstained < 60
+
 
 def test_a_certificate_names_the_tensors_that_it_does_not_cover(net, data):
     flat = copy.deepcopy(net)
@@ -278,6 +316,11 @@ def test_without_a_certified_prediction_there_is_nothing_to_attack(net, data):
     certificate = tampering.certify(net, images, 0.05, 40)
     none = dataclasses.replace(certificate, predictions=torch.full((2,), -1))
     assert tampering.attack_certified(net, images, none).empty
+
+def test_the_expected_error_is_the_mean_probability_of_other_classes():
+    logits, labels = torch.randn(6, 4, generator=generator(), dtype=torch.float64), torch.tensor([0, 3, 1, 1, 2, 0])
+    slow = [1 - p[y] for p, y in zip(logits.softmax(1).tolist(), labels.tolist(), strict=True)]
+    assert tampering.expected_error(logits, labels).item() == pytest.approx(sum(slow) / len(slow))
 
 
 def test_a_clipped_margin_is_the_mean_of_each_image_s(net, data):
@@ -309,6 +352,12 @@ def test_searches_take_networks_in_double_precision(net, data):
     (name, index, bit, weights), = tampering.flip_bits(double, images, labels, 1)
     assert all(w.dtype == torch.float64 for w in weights.values())
     assert (name, index, bit) == tampering.flip_bits(net, images.float(), labels, 1)[0][:3]
+
+@pytest.mark.parametrize("biases", [True, False])
+def test_the_adversary_leaves_biases_alone_on_request(net, data, biases):
+    found = tampering.adversary(net, *data.split("validation"), 0.1, steps=2, biases=biases)
+    assert set(found) == {name for name, p in net.named_parameters() if biases or p.ndim > 1}
+    assert all(not torch.equal(w, net.get_parameter(name)) for name, w in found.items())
 
 
 def test_tensors_that_the_outputs_do_not_depend_on_are_left_alone(net, data):

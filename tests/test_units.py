@@ -62,6 +62,13 @@ def test_lesion_is_evaluation_with_the_units_switched_off(build, order, data):
     assert len(table) == 1 + len(net.units) * {"single": 1, "forward": 1, "random": 2}[order]
     assert table.loss_points[0] == 0
 
+def test_lesions_are_of_the_split_and_in_the_orders_of_the_seed(net, data):
+    for split in ("train", "validation"):
+        expected = training.evaluate(net, data, split).accuracy
+        assert units.lesion(net, data, split=split).accuracy[0] == pytest.approx(expected)
+    first, again, other = (units.lesion(net, data, "random", repeats=1, seed=seed).units.tolist() for seed in (0, 0, 1))
+    assert first == again != other
+
 
 def test_lesions_share_the_pass_up_to_the_first_removed_unit(net, data):
     calls = []
@@ -172,6 +179,27 @@ def test_every_score_names_the_active_units_and_changes_nothing(name, dense, dat
     assert all(torch.equal(weights[key], value) for key, value in dense.state_dict().items())
     assert all(parameter.grad is None for parameter in dense.parameters())
     assert torch.equal(generator, torch.random.get_rng_state())
+
+def test_the_reference_of_published_pairs_is_the_most_frequent_class_also_where_a_label_is_missing(net, data):
+    labels = [1] * 10 + [4] * 30 + [6] * 10
+    maps = []
+    with torch.no_grad(), units._watching(net.units, lambda place, output: maps.append(output)):
+        net.eval()(data.split("train")[0][:50])
+    y = torch.tensor(labels)
+    for unit, found in enumerate(units.fisher_score(net, Labelled(data, labels), pairs="reference", images=50)):
+        x = maps[unit].flatten(1).double()
+        mean, var = (torch.stack([getattr(x[y == c], what)(0) for c in (1, 4, 6)]) for what in ("mean", "var"))
+        share = torch.tensor([0.2, 0.6, 0.2], dtype=torch.float64)[:, None]
+        total = (share * (var + (mean - x.mean(0)).square())).sum(0)
+        varies = total > 1e-12
+        mean, var = ((mean - x.mean(0)) / total.sqrt())[:, varies], (var / total)[:, varies].clamp_min(1e-2)
+        expected = max(float(divergence.fisher_divergence(mean[p], var[p], mean[1], var[1])) for p in (0, 2))
+        assert found == pytest.approx(expected, rel=1e-3)
+
+
+def test_random_scores_are_those_of_their_seed(net):
+    assert units.random_score(net, seed=3).equals(units.random_score(net, seed=3))
+    assert not units.random_score(net, seed=3).equals(units.random_score(net, seed=4))
 
 
 def test_norm_and_cka_scores_are_those_of_their_definitions(dense, net, data):
@@ -423,6 +451,30 @@ def test_pruning_records_every_stage(net, data):
     final = pruned.table.iloc[-1].validation_error_after
     assert 1 - training.evaluate(pruned.net, data).accuracy == pytest.approx(final)
     assert len(net.units) == 6
+
+def test_errors_decide_by_their_split_and_within_the_tolerance(net, data, monkeypatch):
+    errors = {("train", 3): 0.10, ("train", 5): 0.05, ("validation", 3): 0.2, ("validation", 4): 0.3, ("validation", 5): 0.3}
+
+    class Found:
+        def __init__(self, error):
+            self.accuracy = 1 - error
+
+    monkeypatch.setattr(units, "evaluate", lambda net, data, split: Found(errors.get((split, len(net.units)), 0.06)))
+    kept = lambda **options: len(units.prune_units(net, data, stages=1, candidates=[3, 4, 5], score="norm", **options).kept)  # noqa: E731
+    assert kept() == kept(decide="validation") == 3
+    assert kept(decide="train") == 5
+    assert kept(decide="train", tolerance=0.011) == 4
+    assert kept(decide="train", tolerance=0.051) == 3
+
+
+def test_every_stage_scores_and_retrains_by_a_seed_of_its_own(net, data, monkeypatch):
+    scored, retrained = [], []
+    monkeypatch.setitem(units.SCORES, "random", lambda net, data, seed: (scored.append(seed), units.random_score(net))[1])
+    monkeypatch.setattr(units, "fit", functools.wraps(training.fit)(
+        lambda net, data, seed, **options: (retrained.append(seed), (net, None))[1]))
+    units.prune_units(net, data, stages=2, candidates=[[4], [2]], score="random", retrain={"epochs": 1}, seed=7)
+    assert scored == [7, 8]
+    assert retrained == [8, 9]
 
 
 def test_pruning_follows_the_score_and_its_clusters(net, data):

@@ -74,6 +74,32 @@ def slow_score(net, images, labels, name, by):
                           for b in range(0, len(full), 4)])[: w.numel()]
     return w.square() / (2 * diagonal.view_as(w))
 
+@pytest.mark.parametrize("by", ["taylor", "hessian", "woodfisher", "fisher"])
+def test_scores_of_uneven_batches_are_those_of_all_their_images(by):
+    net, (images, labels) = tiny(), tiny_batch()
+    parts = [(images[:2], labels[:2]), (images[2:], labels[2:])]
+    options = {"hessian": {"draws": 1000}, "woodfisher": {"block": 4, "damping": 0.01}, "fisher": {"kind": "exact"}}.get(by, {})
+    for name, score in weights.score(net, parts, by, **options).items():
+        expected = slow_score(net, images, labels, name, by)
+        if by == "taylor":  # squares of the gradients of batches, not of images
+            expected = sum(slow_score(net, *part, name, by) for part in parts) / 2
+        tolerance = {"rtol": 0.3, "atol": 5e-4} if by == "hessian" else {"rtol": 1e-6, "atol": 1e-12}
+        torch.testing.assert_close(score, expected, **tolerance)
+
+
+def test_as_many_images_as_asked_for_are_scored_the_first_ones_of_the_training_split(net, data):
+    images, labels = (part[:300] for part in data.split("train"))
+    batches = list(zip(images.split(100), labels.split(100), strict=True))
+    for samples in (70, 130, 1000):
+        first = [(images[:samples], labels[:samples])]
+        expected = weights.score(net, first, "fisher", kind="empirical")
+        found = weights.score(net, batches, "fisher", samples=samples, kind="empirical")
+        for name, score in expected.items():
+            torch.testing.assert_close(found[name], score)
+    found = weights.score(net, data, "fisher", samples=300, kind="empirical")
+    for name, score in weights.score(net, [(images, labels)], "fisher", kind="empirical").items():
+        torch.testing.assert_close(found[name], score)
+
 
 def test_scoring_changes_neither_the_network_nor_the_random_state(net, data):
     before, mode, state = copy.deepcopy(net.state_dict()), net.training, torch.get_rng_state()
@@ -175,6 +201,11 @@ def test_select_keeps_the_highest_and_exactly_as_many_as_asked(sizes, sparsity, 
     kept = torch.cat([scores[k][masks[k]] for k in scores])
     gone = torch.cat([scores[k][~masks[k]] for k in scores])
     assert not len(kept) or not len(gone) or kept.min() >= gone.max()
+
+def test_among_equal_scores_the_later_weights_go_first():
+    masks = weights.select({"a": torch.ones(3), "b": torch.ones(4)}, 3 / 7, allow_empty=True)
+    assert masks["a"].tolist() == [True] * 3
+    assert masks["b"].tolist() == [True, False, False, False]
 
 
 def test_layer_scope_takes_the_same_share_of_each_layer():
@@ -324,6 +355,25 @@ def test_pruning_goes_on_from_what_is_removed_already(net, data):
     assert weights.sparsity(more) == pytest.approx(0.8, abs=1e-3)
     with pytest.raises(ValueError, match="already"):
         fit(more, data, epochs=1, callbacks=[weights.Pruning(0.6)])
+
+@pytest.mark.parametrize("regrow", [False, True])
+def test_scores_during_training_are_their_formulas_of_adams_averages(regrow):
+    images, labels = tiny_batch()
+    kept = torch.rand(5, 6, generator=torch.Generator().manual_seed(0)) < 0.6
+    net = weights.apply(tiny(), {"1.weight": kept}, straight=regrow)
+    optimizer = torch.optim.Adam(net.parameters(), 0.1)
+    for _ in range(3):
+        optimizer.zero_grad()
+        F.cross_entropy(net(images), labels).backward()
+        optimizer.step()
+    original = net[1].parametrizations.weight.original
+    m, v = (optimizer.state[original][key] for key in ("exp_avg", "exp_avg_sq"))
+    w = original.detach() if regrow else original.detach() * kept
+    expected = {"magnitude": w.abs(), "fisher_weight": w**2 * v / 2, "fisher": v, "taylor": (w * m) ** 2}
+    for by, score in expected.items():
+        if not regrow and by != "magnitude":
+            score = torch.where(kept, score, -1.0)
+        torch.testing.assert_close(weights.RUNNING[by](net[1], optimizer, regrow).detach(), score)
 
 
 def test_removed_weights_come_back_only_with_regrowth(net, data):
