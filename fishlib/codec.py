@@ -291,7 +291,9 @@ class Shared(nn.Module):
         positions, clusters, sizes = self._members()
         if not len(positions):
             return weight
-        means = weight.new_zeros(len(sizes)).index_add(0, clusters, weight.flatten()[positions]) / sizes
+        # A GPU adds in any order; from sums in double precision the rounded means come out alike.
+        exact = weight.flatten()[positions].to(torch.float64 if weight.is_cuda else weight.dtype)
+        means = (exact.new_zeros(len(sizes)).index_add(0, clusters, exact) / sizes).to(weight.dtype)
         means = _Straight.apply(means, means.detach().half().to(weight.dtype))
         return torch.zeros_like(weight).flatten().index_copy(0, positions, means[clusters]).view_as(weight)
 

@@ -153,8 +153,8 @@ class Penalty(L.Callback):
 
     def on_train_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
         self.steps = trainer.estimated_stepping_batches
-        if trainer.global_step == 0:
-            self.memory = {}
+        # A checkpoint is read on the CPU.
+        self.memory = {name: value.to(module.device) for name, value in self.memory.items()} if trainer.global_step else {}
 
     def on_train_batch_start(self, trainer: L.Trainer, module: L.LightningModule, batch: Any, index: int) -> None:
         self.step = trainer.global_step

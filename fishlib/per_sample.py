@@ -23,6 +23,7 @@ BATCHNORM = ("BatchNorm in training mode ({}): its outputs depend on the whole b
 CHECKPOINTED = ("gradient checkpointing (torch.utils.checkpoint) inside the network computes activations again in the backward "
                 "pass, when the network no longer runs as it did for this call: turn gradient checkpointing off")
 CHUNK = 1 << 20  # elements of per-sample gradients held at a time: what a cache holds runs faster than a whole batch
+ON_GPU = 32  # times as many there, where few elements do not fill the device
 
 
 # Rules: per-sample gradients of a layer's parameters from its input and the gradient of its output --------------------------
@@ -68,7 +69,7 @@ class Rule:
         return torch.cat([chunk.square_().flatten(1).sum(1) for chunk in self._chunks(role, g)])
 
     def _chunks(self, role: str, g: Tensor) -> Iterator[Tensor]:
-        size = max(1, CHUNK // max(1, self.elements(role, g)))
+        size = max(1, _chunk(g) // max(1, self.elements(role, g)))
         for rows in slices(len(g), size):
             yield self.gradient(role, g[rows], rows)
 
@@ -95,7 +96,7 @@ class Linear(Rule):
             return g2.sum(0)
         found = torch.empty_like(self.weight)
         # The squared inputs of some columns at a time, since those of all could take more memory than the result.
-        for part in slices(found.shape[1], max(64, CHUNK // (32 * len(g2)))):
+        for part in slices(found.shape[1], max(64, _chunk(g2) // (32 * len(g2)))):
             torch.mm(g2.T, self.input[:, part].square(), out=found[:, part])
         return found
 
@@ -493,7 +494,7 @@ def as_parameter(use: Rule, g: Tensor) -> Tensor:
 def _summed(parts: list[tuple[Rule, str, Tensor]], reduction: str) -> Tensor:
     """A parameter used more than once: each sample's gradients are summed over the uses, then squared."""
     samples = len(parts[0][2])
-    size = max(1, CHUNK // max(use.elements(role, g) for use, role, g in parts))
+    size = max(1, _chunk(parts[0][2]) // max(use.elements(role, g) for use, role, g in parts))
     total = []
     for rows in slices(samples, size):
         summed = sum(use.gradient(role, g[rows], rows) for use, role, g in parts).square()
@@ -506,7 +507,7 @@ def sample_by_sample(net: nn.Module, images: Tensor, columns: Tensor, wanted: di
     """The reduction by vmap over per-sample gradients; by a loop where vmap cannot follow the network."""
     if not wanted:
         return {}
-    size = max(1, CHUNK // (columns.shape[1] * sum(p.numel() for p in wanted.values())))
+    size = max(1, _chunk(columns) // (columns.shape[1] * sum(p.numel() for p in wanted.values())))
     gradients = _vmapped if _vmap_follows(net, images[:2], columns[:2], wanted) else _looped  # errors may hide in one sample
     total: dict[str, list[Tensor]] = {name: [] for name in wanted}
     for rows in slices(len(images), size):
@@ -607,6 +608,10 @@ def _named(net: nn.Module, name: str) -> Tensor:
     if name not in named:
         raise ValueError(f"{name!r} is no parameter and no buffer of the network: use one of {', '.join(named)}")
     return named[name]
+
+
+def _chunk(g: Tensor) -> int:
+    return CHUNK * ON_GPU if g.is_cuda else CHUNK
 
 
 def slices(length: int, size: int) -> Iterator[slice]:

@@ -258,7 +258,11 @@ def fit(net: nn.Module, data: ImageData, *, epochs: int = 10, optimizer: str | C
         _check_resumable(path, conditions)
         path.parent.mkdir(parents=True, exist_ok=True)
     channels_last = reduced or data.device.type == "cpu"  # the layout in which convolutions are faster there
+    if compiled:
+        torch.compiler.reset()  # else torch leaves the ninth network of a class, with other layers than those before, as it is
     module = Classifier(net, optimizer, lr, schedule, weight_decay, label_smoothing, penalty, seed, channels_last, compiled)
+    if devices == 1 and data.device.type == "cuda" and data.device.index is not None:
+        devices = [data.device.index]  # else Lightning takes the first one
     extra = [penalty] if isinstance(penalty, L.Callback) else []
     saving = [Checkpoint(path, conditions)] if path else []
     with _own_randomness(data.device, seed), _quiet():
