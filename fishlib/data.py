@@ -413,7 +413,7 @@ class ImageData(L.LightningDataModule):
     test_limit : the same for the test images, whatever the seed
     seed : of the validation split, the subset and the batches; the test split never depends on it
     augment : names out of `AUGMENTATIONS`, or one of them; None takes the data set's usual ones (crop and flip for CIFAR)
-    device : "auto" takes the GPU where there is one; with data on a GPU, convolutions of float32 no longer round to TF32
+    device : "auto" takes the GPU where there is one
 
     Attributes
     ----------
@@ -443,8 +443,6 @@ class ImageData(L.LightningDataModule):
         if unknown := set(self.augment) - set(AUGMENTATIONS):
             raise ValueError(f"unknown augmentation {', '.join(sorted(unknown))}: use {', '.join(AUGMENTATIONS)}")
         self.device = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device)
-        if self.device.type == "cuda":
-            torch.backends.cudnn.allow_tf32 = False  # else convolutions keep 10 bits of a float32 and evaluations are not exact
         arrays = load_arrays(self.name)
         self.classes = tuple(str(c) for c in arrays["classes"])
         self.fingerprint = arrays["fingerprint"]

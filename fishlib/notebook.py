@@ -136,7 +136,7 @@ def _parameter(name: str, default: Any, comment: str) -> Parameter:
 
 
 def start(seed: int | None = None) -> SimpleNamespace:
-    """Open a chapter: check its parameters, seed every generator, set the plot style, silence logs.
+    """Open a chapter: check its parameters, seed every generator, compute exactly, set the plot style, silence logs.
 
     Reads the parameters cell and the values now in the notebook, so that a value given by papermill, by the command line
     or by hand is checked the same way. Returns the values as attributes.
@@ -157,6 +157,7 @@ def start(seed: int | None = None) -> SimpleNamespace:
     seed = values.get("seed", 0) if seed is None else seed
     torch.manual_seed(seed)
     _seed_numpy(seed)
+    torch.backends.cudnn.allow_tf32 = False  # else a GPU's convolutions keep 10 bits of a float32
     changed = {name for name, value in values.items() if value != parameters[name].default}
     profile = os.environ.get("FISHLIB_PROFILE", "custom" if changed else "quick")
     _run.update(started=time.time(), settings=values | {"seed": seed}, profile=profile, data={})
