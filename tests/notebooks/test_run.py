@@ -89,7 +89,7 @@ def test_several_chapters_run_at_once_and_one_failure_does_not_stop_the_others(t
     (["-p", "dataset", "cifar"], "digits, mnist, a folder (there is no folder /"),
     (["-p", "sizes", "300"], 'sizes is list, in quotes and as Python writes it: "['),
     (["-p", "seed=1", "-p", "strength", "1"], "-p seed=1: write name and value apart, -p seed 1"),
-    (["-p", "seed=1"], "-p "),
+    (["-p", "seed=1"], "-p takes a name and a value"),
     (["-p", "seed", "1", "-p", "seed", "2"], "twice"),
     (["--profile", "fast"], "quick"),
 ])
