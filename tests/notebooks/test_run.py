@@ -89,7 +89,7 @@ def test_several_chapters_run_at_once_and_one_failure_does_not_stop_the_others(t
     (["-p", "dataset", "cifar"], "digits, mnist, a folder (there is no folder /"),
     (["-p", "sizes", "300"], 'sizes is list, in quotes and as Python writes it: "['),
     (["-p", "seed=1", "-p", "strength", "1"], "-p seed=1: write name and value apart, -p seed 1"),
-    (["-p", "seed=1"], "-p takes a name and a value"),
+    (["-p", "seed=1"], "-p seed=1: write name and value apart, -p seed 1"),
     (["-p", "seed", "1", "-p", "seed", "2"], "twice"),
     (["--profile", "fast"], "quick"),
 ])
@@ -100,6 +100,15 @@ def test_what_cannot_be_run_ends_with_status_2_before_anything_runs(tmp_path, ch
         assert result.exit_code == 2
         assert named in result.output
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("word", ["seed", "seed=1"])
+def test_a_parameter_without_a_value_at_the_end_of_a_command_says_what_it_takes(chapter, monkeypatch, word):
+    monkeypatch.setattr(run, "execute", None)
+    for subcommand in ("run", "sweep"):
+        result = fishlib(subcommand, chapter(), "-p", word)
+        assert result.exit_code == 2
+        assert "-p takes a name and a value" in result.output
 
 
 def test_an_absent_chapter_is_answered_with_those_that_exist(tmp_path, monkeypatch):
