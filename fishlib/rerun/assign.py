@@ -48,18 +48,25 @@ def generate(name: str, out: Path = BUILT, seed: int = 0, check: bool = True) ->
 
     Raises
     ------
+    ValueError
+        no such master, or a negative seed
     AssignError
-        no such master, otter-grader is missing, a master that otter cannot read, or solutions without full points
+        otter-grader is missing, a master that otter cannot read, or solutions without full points
     """
-    if name not in masters():
-        raise AssignError(f"there is no assignment {name!r}: use one of {', '.join(masters())}")
-    if seed < 0:
-        raise AssignError(f"seed={seed}: use a whole number from 0 on")
+    check_name(name, seed)
     out.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=out, prefix=".assign-") as work:
         made = _sorted(_by_otter(masters()[name], Path(work), check), Path(work) / name, name, seed)
         swap(made, out / name)
     return out / name
+
+
+def check_name(name: str, seed: int) -> None:
+    """ValueError for an assignment that has no master, or a negative seed."""
+    if name not in masters():
+        raise ValueError(f"there is no assignment {name!r}: use one of {', '.join(masters())}")
+    if seed < 0:
+        raise ValueError(f"seed={seed}: use a whole number from 0 on")
 
 
 def _by_otter(master: Path, work: Path, check: bool) -> Path:

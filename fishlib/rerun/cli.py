@@ -381,8 +381,9 @@ def _default_jobs(count: int, profile: str) -> int:
     return 1 if profile != "quick" or devices.available() else max(1, min(count, sweep.default_workers(False)))
 
 
-def _perform(waiting: Sequence[runs.Run], jobs: int, timeout: float | None, display: Display) -> list[runs.Run]:
-    """Execute runs and tell of each; those that failed."""
+def _perform(waiting: Sequence[runs.Run], jobs: int, timeout: float | None, display: Display,
+             lasting: bool = True) -> list[runs.Run]:
+    """Execute runs and tell of each, with the place of its notebook where that is `lasting`; those that failed."""
     failed, running, started = [], runs.Running(), time.monotonic()
     if waiting:
         display.line(f"running {', '.join(one.chapter.stem for one in waiting)}"
@@ -395,7 +396,7 @@ def _perform(waiting: Sequence[runs.Run], jobs: int, timeout: float | None, disp
     try:
         for one, outcome in runs.perform(waiting, jobs, timeout, _threads(jobs), running, tick):
             if outcome.status == "finished":
-                display.line(f"{one.chapter.stem}: finished in {outcome.seconds:.0f} s: {_short(one.notebook)}")
+                display.line(f"{one.chapter.stem}: finished in {outcome.seconds:.0f} s" + f": {_short(one.notebook)}" * lasting)
             else:
                 failed.append(one)
                 display.line(outcome.message, fg="red")
@@ -543,24 +544,38 @@ def refresh(names: Sequence[str], jobs: int | None, timeout: float | None) -> No
     """Execute chapters again at the quick profile and renew their outputs in place.
 
     Leaves out what changes from run to run: times, versions, the provenance table, outputs of cells tagged
-    nbval-ignore-output, outputs of more than 200 kB. A chapter that fails is left as it was. A chapter that reads the
-    results of the others, as the scorecard does, comes after them and reads their new ones.
+    nbval-ignore-output, outputs of more than 400,000 characters. A chapter that fails is left as it was, and what was
+    executed of it stays in a folder of its own. A chapter that reads the results of the others, as the scorecard does, comes
+    after them and reads their new ones.
     """
-    from fishlib.rerun import refresh as refreshing
-
-    with checking(), tempfile.TemporaryDirectory(prefix="fishlib-refresh-") as scratch:
+    with checking():
         loaded = {chapter.path: chapter for chapter in map(chapters.load, names)}
-        planned = [runs.plan(chapter, folder=Path(scratch) / str(number) / chapter.path.stem)
-                   for number, chapter in enumerate(loaded.values())]
-        display, failed = Display(), []
-        for part in _judging_last(planned):
-            failed += _perform(part, jobs or _default_jobs(len(part), "quick"), timeout, display)
-            for one in part:
-                if one not in failed:
-                    changed = refreshing.renew(one)
-                    display.line(f"{_short(one.chapter)}: {'renewed' if changed else 'unchanged'}")
+        chapters.BUILD.mkdir(parents=True, exist_ok=True)
+        scratch = Path(tempfile.mkdtemp(prefix="refresh-", dir=chapters.BUILD))
+    failed: list[runs.Run] = []
+    try:
+        with checking():
+            planned = [runs.plan(chapter, folder=scratch / str(number) / chapter.path.stem)
+                       for number, chapter in enumerate(loaded.values())]
+            _renew(planned, jobs, timeout, failed)
+    finally:
+        if not failed:
+            shutil.rmtree(scratch)
     if failed:
         sys.exit(1)
+
+
+def _renew(planned: Sequence[runs.Run], jobs: int | None, timeout: float | None, failed: list[runs.Run]) -> None:
+    """Execute chapters and take their outputs over; those that fail are added to `failed`."""
+    from fishlib.rerun import refresh as refreshing
+
+    display = Display()
+    for part in _judging_last(planned):
+        failed += _perform(part, jobs or _default_jobs(len(part), "quick"), timeout, display, lasting=False)
+        for one in part:
+            if one not in failed:
+                changed = refreshing.renew(one)
+                display.line(f"{_short(one.chapter)}: {'renewed' if changed else 'unchanged'}")
 
 
 @main.command()
@@ -719,6 +734,9 @@ def assign(names: Sequence[str], seed: int, out: Path | None, no_check: bool, bo
 
     if book and seed:
         raise BadInput("the book shows the student versions of seed 0: leave --seed or --book out")
+    with checking():
+        for name in names:
+            assigning.check_name(name, seed)
     for name in names or assigning.masters():
         try:
             made = assigning.generate(name, out or assigning.BUILT, seed, not no_check)

@@ -14,6 +14,7 @@ from fishlib.rerun import chapters
 
 if TYPE_CHECKING:
     import pandas as pd
+    from pandas.io.formats.style import Styler
 
 STORED = chapters.ROOT / "data" / "runs"
 KINDS = {"chapter": str, "parameters": dict, "records": dict, "provenance": dict}  # what a run leaves
@@ -58,6 +59,18 @@ def results(pattern: str = "*", folders: Sequence[Path] | None = None) -> pd.Dat
 def stored(pattern: str = "*") -> pd.DataFrame:
     """The full-size runs that the repository keeps in `data/runs`, as `results`; what chapters compare with."""
     return results(pattern, [STORED])
+
+
+def side_by_side(runs: pd.DataFrame, words: dict[str, str], precision: int = 3) -> Styler:
+    """A table of runs for a chapter: a column for each profile, a row for each quantity in `words`, by what it is called there.
+
+    Quantities that no run has are left out, and those that one run lacks are "not run"; a caption says so where there are no
+    runs at all.
+    """
+    if runs.empty:
+        return runs.style.set_caption("No larger run has been stored yet.")
+    table = runs.set_index("profile")[[name for name in words if name in runs]].rename(columns=words)
+    return table.T.style.format(precision=precision, na_rep="not run")
 
 
 def _read(folders: Iterable[Path]) -> Iterable[tuple[Path, dict[str, Any]]]:

@@ -291,5 +291,8 @@ def test_master_whose_solution_loses_points_is_not_generated(tmp_path, monkeypat
 
 
 def test_unknown_assignment_is_told_with_those_there_are(tmp_path):
-    with pytest.raises(assign.AssignError, match=f"there is no assignment 'cooking': use one of .*{NAME}"):
+    with pytest.raises(ValueError, match=f"there is no assignment 'cooking': use one of .*{NAME}"):
         assign.generate("cooking", tmp_path)
+    result = CliRunner().invoke(main, ["assign", NAME, "cooking", "--out", str(tmp_path / "out")])
+    assert result.exit_code == 2
+    assert not (tmp_path / "out").exists()

@@ -65,6 +65,17 @@ def test_every_run_is_a_row_with_parameters_records_and_provenance(folders, tmp_
         "table.csv", "table.parquet", "table_summary.csv", "table_summary.parquet"]
 
 
+def test_stored_runs_stand_side_by_side_with_a_row_for_each_quantity_that_one_of_them_has():
+    runs = pd.DataFrame([{"profile": "cpu", "epochs": 6, "accuracy": 0.87654}, {"profile": "full", "epochs": 160}])
+    words = {"accuracy": "test accuracy", "epochs": "passes", "bytes": "bytes"}
+    shown = collect.side_by_side(runs, words, precision=2)
+    assert shown.data.columns.to_list() == ["cpu", "full"]
+    assert shown.data.index.to_list() == ["test accuracy", "passes"]
+    assert ">0.88<" in shown.to_html()
+    assert "not run" in shown.to_html()
+    assert "No larger run has been stored yet." in collect.side_by_side(pd.DataFrame(), words).to_html()
+
+
 def test_printed_tables_are_one_a_chapter_with_what_all_its_rows_have_and_fit_a_terminal(folders, tmp_path):
     for seed in (0, 1):
         leave(folders[0], {"accuracy": 0.9 + seed / 100, "curve": [1.0, 2.0], "cost": {"bytes": 7}, "said": "w" * 90}

@@ -9,11 +9,12 @@ from fishlib.rerun import refresh
 from fishlib.rerun.cli import main
 
 
-def test_a_refreshed_chapter_has_new_outputs_and_nothing_that_changes_from_run_to_run(chapter):
+def test_a_refreshed_chapter_has_new_outputs_and_nothing_that_changes_from_run_to_run(chapter, build):
     source = chapter("print('a'); print('b')", "from fishlib.notebook import _publish\n"
                      "_publish({'text/plain': 'now'}, {'fishlib': {'provenance': {'seed': 1}}})", "print('x' * 500_000)")
     first = CliRunner().invoke(main, ["refresh", str(source)])
     assert first.exit_code == 0, first.output
+    assert list(build.glob("refresh-*")) == []
     text = source.read_text(encoding="utf-8")
     notebook = nbformat.reads(text, as_version=4)
     assert [len(cell.outputs) for cell in notebook.cells[1:]] == [0, 1, 1, 0, 0]
@@ -27,13 +28,15 @@ def test_a_refreshed_chapter_has_new_outputs_and_nothing_that_changes_from_run_t
     assert source.read_text(encoding="utf-8") == text
 
 
-def test_a_failing_chapter_is_left_as_it_was(chapter):
+def test_a_failing_chapter_is_left_as_it_was_and_the_message_names_what_was_executed_of_it(chapter, build):
     source = chapter("1 / 0")
     before = source.read_text(encoding="utf-8")
     result = CliRunner().invoke(main, ["refresh", str(source)])
     assert result.exit_code == 1
     assert "ZeroDivisionError" in result.output
     assert source.read_text(encoding="utf-8") == before
+    (partial,) = build.glob("refresh-*/**/*.failed.ipynb")
+    assert str(partial) in result.output
 
 
 def test_measured_times_are_not_kept():
