@@ -23,7 +23,7 @@ import subprocess
 import time
 import tokenize
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
@@ -392,3 +392,26 @@ def percent(fraction: float, digits: int = 1) -> str:
     if not math.isfinite(fraction):
         raise ValueError(f"percent({fraction}): the fraction is not finite")
     return f"{100 * fraction:.{digits}f} %"
+
+
+def half_width(differences: Sequence[float], grain: float = 0.0) -> float:
+    """Half of the 95 % interval of a mean of paired differences d, one a seed, by Student's t: t_{0.975, n-1} sd(d) / sqrt(n).
+
+    Parameters
+    ----------
+    differences : n numbers; of a single one the interval is infinite
+    grain : the least difference that can be counted, such as one image of the test: no interval is narrower, for a spread of
+        zero over few seeds is a coincidence of counting
+    """
+    import numpy as np
+    from scipy import stats
+
+    values = np.asarray(differences, dtype=float)
+    if values.size < 2:
+        return math.inf
+    return max(float(stats.t.ppf(0.975, values.size - 1) * values.std(ddof=1) / math.sqrt(values.size)), grain)
+
+
+def told_apart(differences: Sequence[float], grain: float = 0.0) -> bool:
+    """Whether that interval leaves zero out, so that the seeds tell the mean of the differences from zero."""
+    return abs(sum(differences) / len(differences)) > half_width(differences, grain) + 1e-9  # rounding is no difference

@@ -1,4 +1,5 @@
 import json
+import math
 import subprocess
 import sys
 
@@ -8,6 +9,7 @@ import pandas as pd
 import pytest
 import torch
 from nbclient import NotebookClient
+from scipy import stats
 
 from fishlib import notebook
 
@@ -131,3 +133,16 @@ def test_importing_the_library_stays_light():
             "print([m for m in ('torch', 'sphinx', 'dask', 'papermill') if m in sys.modules])")
     found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
     assert found.strip() == "[]"
+
+
+def test_paired_differences_have_students_interval_which_one_seed_and_the_grain_of_counting_widen():
+    differences = [0.4, 1.1, 0.7, 0.2]
+    interval = stats.ttest_1samp(differences, 0).confidence_interval(0.95)
+    assert notebook.half_width(differences) == pytest.approx((interval.high - interval.low) / 2)
+    assert notebook.told_apart(differences) == (interval.low > 0)
+    assert not notebook.told_apart([0.4, -1.1, 0.7])
+    assert notebook.half_width([0.5]) == math.inf
+    assert not notebook.told_apart([0.5])
+    assert notebook.told_apart([1 / 144] * 3)
+    assert not notebook.told_apart([1 / 144] * 3, grain=1 / 144)
+    assert not notebook.told_apart([0.0, 0.0, 0.0])
