@@ -46,7 +46,7 @@ MOVED = 1 / 6  # the share of its numbers from which the quick results of a chap
 FAMILIES = ("resnet", "vgg", "densenet")  # networks that differ in their depth alone
 FEW = 3  # seeds from which a verdict is of high confidence
 PUBLISHED_AS = {"accuracy": "{:.2%}", "base_accuracy": "{:.2%} before", "file_compression": "{:g} times smaller",
-                "parameters_M": "{:g} M parameters", "mac_M": "{:g} M operations",
+                "parameters_M": "{:g} M parameters", "mac_M": "{:g} M operations", "parameters_fewer": "{:g} times fewer parameters",
                 "parameters_removed_pct": "{:g} % of the parameters removed"}
 ALLOWED = (ast.Expression, ast.BoolOp, ast.And, ast.Or, ast.UnaryOp, ast.Not, ast.USub, ast.BinOp, ast.Add, ast.Sub, ast.Mult,
            ast.Div, ast.Compare, ast.Lt, ast.LtE, ast.Gt, ast.GtE, ast.Eq, ast.NotEq, ast.In, ast.NotIn, ast.Name, ast.Load,
@@ -89,11 +89,28 @@ def clear(one: float, spread: float, other: float, other_spread: float, seeds: i
     return one - other - float(stats.t.ppf(0.975, freedom)) * ((spread**2 + other_spread**2) / seeds) ** 0.5
 
 
+def paired(differences: Sequence[float]) -> float:
+    """The mean of paired differences, one a seed, less the half width of its 95 % interval (Student); above zero where the seeds
+    tell it to be. LookupError for a single seed."""
+    from fishlib.notebook import half_width
+
+    if len(differences) < 2:
+        raise LookupError("one seed has no spread")
+    return sum(differences) / len(differences) - half_width(differences)
+
+
 def uncapped(count: float, cap: float) -> float:
     """A count from a search that ended below its cap; LookupError at the cap, where it only says "at least"."""
     if count < cap:
         return count
     raise LookupError(f"the search ended at {cap:g}, so that a count of {count:g} only says at least")
+
+
+def beyond(number: float, bound: float) -> float:
+    """A number above a bound; LookupError below it, where what is to be compared with it could show nothing."""
+    if number > bound:
+        return number
+    raise LookupError(f"{number:.3g} is not above {bound:.3g}, so that nothing can be compared with it")
 
 
 def order(one: str, other: str, errors: float = 0) -> float:
@@ -149,7 +166,7 @@ def judged(files: Sequence[Mapping[str, Any]], chosen: float, fewer: float, erro
 
 
 FUNCTIONS = {"abs": abs, "len": len, "max": max, "min": min, "number": number, "each": each, "gains": gains, "above": above,
-             "clear": clear, "uncapped": uncapped, "order": order}
+             "clear": clear, "paired": paired, "uncapped": uncapped, "beyond": beyond, "order": order}
 
 
 @dataclass(frozen=True)
