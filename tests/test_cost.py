@@ -126,7 +126,7 @@ def test_a_larger_memory_makes_activations_dearer_and_nothing_else(sram, of_64_b
 
 
 def test_a_memory_that_the_table_lacks_is_refused_with_those_it_has():
-    with pytest.raises(ValueError, match="'sram 2 KB'.*'sram 8 KB', 'sram 32 KB', 'sram 1 MB'"):
+    with pytest.raises(ValueError, match=r"'sram 2 KB'.*'sram 8 KB', 'sram 32 KB', 'sram 1 MB'"):
         cost.count(nn.Linear(10, 4), (10,)).energy("sram 2 KB")
 
 
