@@ -116,6 +116,20 @@ def test_energy_follows_the_table_by_hand():
     with pytest.raises(ValueError, match="bits=3"):
         cost.count(nn.Linear(10, 4), (10,), bits=3).energy()
 
+
+@pytest.mark.parametrize(("sram", "of_64_bits"), [("sram 8 KB", 10), ("sram 32 KB", 20), ("sram 1 MB", 100)])
+def test_a_larger_memory_makes_activations_dearer_and_nothing_else(sram, of_64_bits):
+    found = cost.count(nn.Linear(10, 4, bias=False), (10,))
+    energy = found.energy(sram)
+    assert energy["activations in SRAM"] * 1e6 == pytest.approx(2 * 4 * of_64_bits / 2)
+    assert energy.drop("activations in SRAM").equals(found.energy().drop("activations in SRAM"))
+
+
+def test_a_memory_that_the_table_lacks_is_refused_with_those_it_has():
+    with pytest.raises(ValueError, match=r"'sram 2 KB'.*'sram 8 KB', 'sram 32 KB', 'sram 1 MB'"):
+        cost.count(nn.Linear(10, 4), (10,)).energy("sram 2 KB")
+
+
 @pytest.mark.parametrize(("bits", "add", "multiply"), [(32, 0.9, 3.7), (16, 0.4, 1.1), (8, 0.03, 0.2)])
 def test_energy_counts_an_add_for_each_output_of_batchnorm_and_relu_and_words_of_32_bits(bits, add, multiply):
     net = nn.Sequential(nn.Conv2d(2, 3, 1, bias=False), nn.BatchNorm2d(3), nn.ReLU())
