@@ -70,11 +70,12 @@ def size(records: Records) -> Finding:
     """Chapter 3: how many times smaller the file is."""
     ratio, fewer, lost = records["file_ratio"], records["file_fewer"], 100 * records["file_error"]
     dense = 100 - 100 * statistics.mean(records["dense_test"])
-    others = [Bar(f"{row['method']} (published)", float(row["file_compression"]), CONTROL) for row in published()
+    others = [Bar(f"{row['method']}\n(published, {100 - 100 * float(row['accuracy']):.2f} % error)", float(row["file_compression"]), CONTROL)
+              for row in published()
               if row["id"] in SIZES.get((records["dataset"], records["network"]), ())]
     return Finding(
         "03_pruning_and_quantization", "How few bytes hold a network?", "times smaller than the float32 network",
-        [Bar("fewer weights", fewer), Bar("fewer bytes in the file", ratio, OURS), *others],
+        [Bar("fewer weights", fewer), Bar(f"fewer bytes in the file\n({lost:.2f} % error)", ratio, OURS), *others],
         f"The file that decodes to the pruned and quantised network is {ratio:.0f} times smaller than uncompressed, at a "
         f"test error of {lost:.1f} % after {records['file_passes']} passes over the training images (the uncompressed "
         f"network, after {records['epochs']}: {dense:.1f} %).")
@@ -84,13 +85,13 @@ def channels(records: Records) -> Finding:
     """Chapter 5: removal of channels by divergence beside the best other criterion, chance and the small network alone."""
     share = 100 * records["half_share"]
     kl, random, scratch = (100 * records[f"half_{name}"] for name in ("kl", "random", "scratch"))
-    others = (name for name in ("correlation", "l1", "fpgm", "taylor", "rank", "group") if f"half_{name}" in records)
+    others = (name for name in ("correlation", "cosine", "l1", "fpgm", "taylor", "rank", "chip", "group") if f"half_{name}" in records)
     rival = max(others, key=lambda name: records[f"half_{name}"])
     best = 100 * records[f"half_{rival}"]
     return Finding(
         "05_channel_divergence", "Does KL divergence tell which channels can go?",
         f"validation accuracy without {share:.0f} % of the channels (%)",
-        [Bar("at random", random), Bar("by KL divergence", kl, OURS), Bar(f"by {rival}", best),
+        [Bar("at random", random), Bar("by KL divergence", kl, OURS), Bar(f"by {rival}", best, CONTROL),
          Bar("from scratch", scratch, CONTROL)],
         f"Without {share:.0f} % of its channels, fine-tuned briefly, a network is at {kl:.1f} % where KL divergence chose "
         f"them, at {random:.1f} % where chance did and at {best:.1f} % by {rival}, the best of the others; a network of that "
@@ -211,13 +212,14 @@ def page(found: Sequence[Finding]) -> str:
     lines = [f"- **{finding.question}** {finding.sentence} *[Chapter {int(finding.chapter[:2])}]({finding.chapter}.ipynb); "
              f"{finding.conditions}.*" for finding in found]
     picture = [":::{figure} findings.png", ":name: fig-findings", f":alt: {spoken}", "",
-               "What was found, each beside what it has to be compared with. Lines on bars: standard deviation over seeds.",
+               "What was found, each beside what it has to be compared with. Blue: what the chapter studies; grey: without it; "
+               "orange: rivals and controls. Lines on bars: standard deviation over seeds, where the run has it.",
                ":::", ""]
     return "\n".join([*picture, *lines, ""])
 
 
 def _spoken(finding: Finding) -> str:
-    return f"{finding.unit}: " + ", ".join(f"{bar.label} {bar.value:.1f}" for bar in finding.bars)
+    return f"{finding.unit}: " + ", ".join(f"{bar.label} {bar.value:.1f}".replace("\n", " ") for bar in finding.bars)
 
 
 def draw(found: Sequence[Finding], file: Path) -> None:
