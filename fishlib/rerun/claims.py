@@ -46,8 +46,8 @@ MOVED = 1 / 6  # the share of its numbers from which the quick results of a chap
 FAMILIES = ("resnet", "vgg", "densenet")  # networks that differ in their depth alone
 FEW = 3  # seeds from which a verdict is of high confidence
 PUBLISHED_AS = {"accuracy": "{:.2%}", "base_accuracy": "{:.2%} before", "file_compression": "{:g} times smaller",
-                "parameters_M": "{:g} M parameters", "mac_M": "{:g} M operations", "parameters_fewer": "{:g} times fewer parameters",
-                "parameters_removed_pct": "{:g} % of the parameters removed"}
+                "parameters_M": "{:g} M parameters", "mac_M": "{:g} M operations",
+                "parameters_fewer": "{:g} times fewer parameters", "parameters_removed_pct": "{:g} % of the parameters removed"}
 ALLOWED = (ast.Expression, ast.BoolOp, ast.And, ast.Or, ast.UnaryOp, ast.Not, ast.USub, ast.BinOp, ast.Add, ast.Sub, ast.Mult,
            ast.Div, ast.Compare, ast.Lt, ast.LtE, ast.Gt, ast.GtE, ast.Eq, ast.NotEq, ast.In, ast.NotIn, ast.Name, ast.Load,
            ast.Constant, ast.Subscript, ast.Call, ast.List)
@@ -90,8 +90,8 @@ def clear(one: float, spread: float, other: float, other_spread: float, seeds: i
 
 
 def paired(differences: Sequence[float]) -> float:
-    """The mean of paired differences, one a seed, less the half width of its 95 % interval (Student); above zero where the seeds
-    tell it to be. LookupError for a single seed."""
+    """The mean of paired differences, one a seed, less the half width of its 95 % interval (Student); above zero where the
+    seeds tell it to be. LookupError for a single seed."""
     from fishlib.notebook import half_width
 
     if len(differences) < 2:

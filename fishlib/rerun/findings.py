@@ -70,8 +70,8 @@ def size(records: Records) -> Finding:
     """Chapter 3: how many times smaller the file is."""
     ratio, fewer, lost = records["file_ratio"], records["file_fewer"], 100 * records["file_error"]
     dense = 100 - 100 * statistics.mean(records["dense_test"])
-    others = [Bar(f"{row['method']}\n(published, {100 - 100 * float(row['accuracy']):.2f} % error)", float(row["file_compression"]), CONTROL)
-              for row in published()
+    others = [Bar(f"{row['method']}\n(published, {100 - 100 * float(row['accuracy']):.2f} % error)",
+                  float(row["file_compression"]), CONTROL) for row in published()
               if row["id"] in SIZES.get((records["dataset"], records["network"]), ())]
     return Finding(
         "03_pruning_and_quantization", "How few bytes hold a network?", "times smaller than the float32 network",
@@ -85,8 +85,8 @@ def channels(records: Records) -> Finding:
     """Chapter 5: removal of channels by divergence beside the best other criterion, chance and the small network alone."""
     share = 100 * records["half_share"]
     kl, random, scratch = (100 * records[f"half_{name}"] for name in ("kl", "random", "scratch"))
-    others = (name for name in ("correlation", "cosine", "l1", "fpgm", "taylor", "rank", "chip", "group") if f"half_{name}" in records)
-    rival = max(others, key=lambda name: records[f"half_{name}"])
+    criteria = ("correlation", "cosine", "l1", "fpgm", "taylor", "rank", "chip", "group")
+    rival = max((name for name in criteria if f"half_{name}" in records), key=lambda name: records[f"half_{name}"])
     best = 100 * records[f"half_{rival}"]
     return Finding(
         "05_channel_divergence", "Does KL divergence tell which channels can go?",

@@ -120,6 +120,20 @@ def test_a_difference_is_clear_where_the_interval_of_the_samples_themselves_leav
         claims.clear(0.9, 0.0, 0.5, 0.0, 1)
 
 
+def test_paired_differences_leave_a_claim_to_the_interval_of_their_mean():
+    differences = [0.3, 0.1, 0.4, 0.35]
+    low = stats.ttest_1samp(differences, 0).confidence_interval(0.95).low
+    assert claims.paired(differences) == pytest.approx(low)
+    with pytest.raises(LookupError, match="one seed"):
+        claims.paired([0.3])
+
+
+def test_a_number_below_its_bound_decides_nothing():
+    assert claims.beyond(0.5, 0.4) == 0.5
+    with pytest.raises(LookupError, match="nothing can be compared"):
+        claims.beyond(0.4, 0.4)
+
+
 def test_a_caveat_is_told_and_lowers_the_confidence(book):
     one = book()
     sound = claims.verdict(one.claims["better"], one, [results(seeds=3)])
