@@ -22,7 +22,8 @@ class ChannelConv3d(nn.Module):
     """A 3-D convolution over (channel, row, column): weights are shared along the channel axis.
 
     The weights are drawn normal, with mean 0 and variance ``2 / (G d k^2)``, where ``nn.Conv2d`` draws uniform ones of variance
-    ``1 / (3 C k^2)``: behind BatchNorm the size of the first weights acts as a learning rate.
+    ``1 / (3 C k^2)``: behind BatchNorm the size of the first weights acts like the inverse of a
+    learning rate.
 
     The C input channels are G = `groups_in` groups of C/G neighbours; each group is an input map of depth D = C/G of a 3-D
     convolution with kernel d x k x k and `groups_out` = G' output maps, which again are groups of D channels:

@@ -449,4 +449,6 @@ def test_no_share_on_the_scorecard_is_above_a_hundred_per_cent():
     shares = [float(share) for words in said for share in re.findall(r"([\d.e+]+) %", words)]
     assert len(shares) > 20
     assert max(shares) <= 100
-    assert names["in_words"]('number (others_above, "maxout") -1.3') == "points above a narrower Conv2d (at equal parameters, maxout) -1.3"
+    said = names["in_words"]('number (others_above, "maxout") -1.3, same_start (1 / (3 fan-in)) 2.07')
+    assert said == ("points above a narrower Conv2d (at equal parameters, maxout) -1.3, "
+                    "above a narrower Conv2d, first weights of (1 / (3 fan-in)) 2.07 points")
