@@ -6,8 +6,8 @@ and after is 1/2 tr(F S) to second order, with the Fisher information F. So each
     penalty = FisherTrace(0.005, threat="range_noise")
 
 A penalty is one of three kinds: a *term* added to the loss (`FisherTrace`, `KLNoise`, `GradientNorm`, `L2`,
-`Distillation`), a *training at other weights*, whose loss takes the place of the plain one (`SAM`, `NoisyWeights`), or a
-*decoupled step* on the weights after the optimizer's own (`FisherWeighted`, `FisherQuantization`).
+`Distillation`), a *training at other weights*, whose loss takes the place of the plain one (`SAM`, `NoisyWeights`,
+`RoundedWeights`), or a *decoupled step* on the weights after the optimizer's own (`FisherWeighted`, `FisherQuantization`).
 """
 
 from __future__ import annotations
@@ -550,6 +550,40 @@ class NoisyWeights(Penalty):
         return self.finite(criterion(forward(net, images, changed), labels))
 
 
+class RoundedWeights(Penalty):
+    """Quantisation-aware training: the gradient of the loss at the rounded weights q(w) is applied to w [Jacob et al. 2018].
+
+    q(w) has 2^bits equidistant levels from the minimum to the maximum of each tensor (`round_to`). It is a staircase, whose
+    own gradient is zero almost everywhere, so that the gradient at q(w) is passed *straight through* to w [Bengio et al. 2013].
+
+    Parameters
+    ----------
+    bits : a whole number from 1 to 32
+    biases : whether tensors of one dimension are rounded too; by default the weight matrices alone, as chapter 2 rounds
+        where it measures the accuracy at few bits
+    every : steps between two of this kind, the others with the plain loss
+    warmup : share of the training over which the weights move from w to q(w), by a growing part of the way
+
+    Raises
+    ------
+    ValueError
+        another number of bits
+    """
+
+    def __init__(self, bits: int = 4, biases: bool = False, every: int = 1, warmup: float = 0.0):
+        super().__init__(1.0, every, warmup)
+        _check_bits(bits)
+        self.bits, self.biases = int(bits), biases
+
+    def objective(self, net: nn.Module, images: Tensor, labels: Tensor, logits: Tensor, criterion: Callable) -> Tensor:
+        """The loss that takes the place of the plain one, ``criterion(logits, labels)``."""
+        part, parameters = self.rise(), _trained(net, self.biases)
+        if part == 0:
+            return self.finite(criterion(logits, labels))
+        rounded = {name: p + part * (quantized(p, self.bits) - p).detach() for name, p in parameters.items()}
+        return self.finite(criterion(forward(net, images, rounded), labels))
+
+
 class FisherWeighted(Penalty):
     """Decoupled descent on strength x sum_i F_ii (w_i - q_i)^2, F and q held fixed: w <- q + (w - q) / (1 + 2 lr strength F).
 
@@ -679,8 +713,10 @@ NAMES: dict[str, Callable[[float], Penalty | None]] = {
     "sam": SAM,
     "weight_noise": NoisyWeights,
     "weight_deletion": partial(NoisyWeights, threat="deletion"),
+    "rounded_weights": RoundedWeights,
     "gradient_norm": GradientNorm,
     "distillation": Distillation,
+    "distillation_hot": partial(Distillation, temperature=20.0),
     "kl_noise": KLNoise,
     "kl_sum": partial(KLNoise, threat="range_and_relative"),
     "fisher_trace": FisherTrace,
@@ -696,20 +732,21 @@ NAMES: dict[str, Callable[[float], Penalty | None]] = {
 
 
 def named(name: str, strength: float, teacher: nn.Module | None = None, biases: bool = True) -> Penalty | None:
-    """The penalty of a name in `NAMES`, `strength` being its one number: rho for `sam`, the amount for noise and deletion.
+    """The penalty of a name in `NAMES`, `strength` being its one number: rho for `sam`, the amount for noise and deletion,
+    the bits for `rounded_weights`.
 
     Parameters
     ----------
-    teacher : network that `distillation` follows
-    biases : False leaves tensors of one dimension out of the penalty. `distillation`, which is about outputs, has no such
-        choice; `fisher_quantization` leaves them out anyway
+    teacher : network that `distillation` (temperature 4) and `distillation_hot` (temperature 20) follow
+    biases : False leaves tensors of one dimension out of the penalty. The distillations, which are about outputs, have no
+        such choice; `rounded_weights` and `fisher_quantization` leave them out anyway
     """
     if name not in NAMES:
         raise ValueError(f"unknown penalty {name!r}: use one of {', '.join(NAMES)}")
-    if name == "distillation":
+    if name.startswith("distillation"):
         if teacher is None:
-            raise ValueError("distillation needs a teacher: give the network whose outputs are followed")
-        return Distillation(strength, teacher)
+            raise ValueError(f"{name} needs a teacher: give the network whose outputs are followed")
+        return NAMES[name](strength, teacher)
     penalty = NAMES[name](strength)
     if not biases and hasattr(penalty, "biases"):
         penalty.biases = False

@@ -13,7 +13,7 @@ from torch import nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from fishlib import codec, nets, penalty
+from fishlib import codec, nets, penalty, tampering
 from fishlib.data import ImageData
 from fishlib.training import fit
 
@@ -253,8 +253,13 @@ def test_the_range_form_does_not_change_with_the_scale_of_a_normalised_layer():
 EACH = {
     "fisher_trace": penalty.FisherTrace(0.1), "kl_noise": penalty.KLNoise(0.1), "l2": penalty.L2(0.1),
     "gradient_norm": penalty.GradientNorm(0.1, share=0.5), "sam": penalty.SAM(), "noise": penalty.NoisyWeights(0.1),
-    "deletion": penalty.NoisyWeights(0.3, "deletion"),
+    "deletion": penalty.NoisyWeights(0.3, "deletion"), "rounding": penalty.RoundedWeights(2),
 }
+
+
+def of_name(name, strength, **more):
+    """`penalty.named`, with bits where the number of the penalty is no strength."""
+    return penalty.named(name, 2 if name == "rounded_weights" else strength, **more)
 
 
 @pytest.mark.parametrize("name", EACH)
@@ -333,9 +338,9 @@ class Checkpointed(Tied):
         return self.head(checkpoint(lambda x: torch.tanh(self.inner(x)), images.flatten(1), use_reentrant=False))
 
 
-@pytest.mark.parametrize("name", ["sam", "weight_noise", "weight_deletion", "kl_noise"])
+@pytest.mark.parametrize("name", ["sam", "weight_noise", "weight_deletion", "rounded_weights", "kl_noise"])
 def test_gradient_checkpointing_is_refused_where_it_would_compute_again_at_other_weights(name):
-    net, (images, labels), chosen = Checkpointed().double(), batch(), penalty.named(name, 0.1)
+    net, (images, labels), chosen = Checkpointed().double(), batch(), of_name(name, 0.1)
     logits = net(images)
     with pytest.raises(ValueError, match="turn gradient checkpointing off"):
         (chosen.objective(net, images, labels, logits, F.cross_entropy) if hasattr(chosen, "objective")
@@ -403,6 +408,54 @@ def test_training_at_noisy_weights_uses_the_gradient_there(threat):
     for a, b, mask in zip(ours, theirs, masks, strict=True):
         torch.testing.assert_close(a, b * mask)
 
+
+@pytest.mark.parametrize("biases", [False, True])
+@pytest.mark.parametrize("name", ["mlp", "convolution"])
+def test_training_at_rounded_weights_applies_the_gradient_there_to_the_weights(name, biases):
+    net, (images, labels) = networks()[name].double(), batch()
+    term = penalty.RoundedWeights(2, biases=biases)
+    ours = torch.autograd.grad(term.objective(net, images, labels, net(images), F.cross_entropy), list(net.parameters()))
+    with torch.no_grad():
+        for p in net.parameters():
+            if biases or p.ndim > 1:
+                low, high = min(p.flatten().tolist()), max(p.flatten().tolist())
+                levels = [low + (high - low) * level / 3 for level in range(4)]
+                nearest = [min(levels, key=lambda q, w=w: abs(w - q)) for w in p.flatten().tolist()]
+                p.copy_(torch.tensor(nearest, dtype=p.dtype).view_as(p))
+    theirs = torch.autograd.grad(F.cross_entropy(net(images), labels), list(net.parameters()))
+    for a, b in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(a, b)
+
+
+def test_weights_are_rounded_in_training_as_in_a_measurement_that_leaves_biases_out():
+    net, (images, labels) = networks()["mlp"].double(), batch()
+    with tampering.perturb(net, "quantization", 3, biases=False):
+        expected = F.cross_entropy(net(images), labels).item()
+    term = penalty.named("rounded_weights", 3.0)
+    assert term.objective(net, images, labels, net(images), F.cross_entropy).item() == pytest.approx(expected)
+    assert "bits=3," in repr(term)
+
+
+def test_a_network_trained_at_rounded_weights_keeps_its_accuracy_when_rounded(digits):
+    def loss(net):
+        images, labels = digits.split("validation")
+        with tampering.perturb(net, "quantization", 2, biases=False), torch.no_grad():
+            return F.cross_entropy(net(images), labels).item()
+
+    plain, _ = fit(small(digits), digits, epochs=20, lr=0.01)
+    aware, _ = fit(small(digits), digits, epochs=20, lr=0.01, penalty=penalty.RoundedWeights(2))
+    assert loss(aware) < 0.7 * loss(plain)
+
+
+def test_distillation_by_name_has_its_temperature_and_a_hotter_one():
+    net, (images, labels) = networks()["mlp"].double(), batch()
+    teacher = nets.mlp((1, 4, 4), 3, (8,)).double()
+    for name, temperature in (("distillation", 4.0), ("distillation_hot", 20.0)):
+        value = penalty.named(name, 0.3, teacher=teacher)(net, images, labels, net(images))
+        expected = penalty.Distillation(0.3, teacher, temperature)(net, images, labels, net(images))
+        torch.testing.assert_close(value, expected)
+
+
 def test_distillation_is_the_softened_divergence_from_the_teacher_times_the_squared_temperature():
     net, (images, labels) = networks()["mlp"].double(), batch()
     teacher = nets.mlp((1, 4, 4), 3, (8,)).double()
@@ -459,7 +512,8 @@ def test_distillation_vanishes_at_the_teacher_and_never_changes_it():
     assert all(torch.equal(value, before[key]) for key, value in teacher.state_dict().items())
 
 
-@pytest.mark.parametrize("make", [penalty.SAM, lambda **schedule: penalty.NoisyWeights(0.3, **schedule)])
+@pytest.mark.parametrize("make", [penalty.SAM, lambda **schedule: penalty.NoisyWeights(0.3, **schedule),
+                                  lambda **schedule: penalty.RoundedWeights(2, **schedule)])
 def test_training_at_other_weights_follows_a_schedule_without_growing_its_radius(make):
     net, (images, labels) = networks()["mlp"].double(), batch()
 
@@ -495,7 +549,8 @@ BAD = {
     "share": [lambda: penalty.FisherTrace(1, share=0), lambda: penalty.GradientNorm(1, share=1.5)],
     "source": [lambda: penalty.FisherWeighted(1, "tea leaves")],
     "refresh": [lambda: penalty.FisherWeighted(1, "diagonal", 0)],
-    "bits": [lambda: penalty.quantization(0), lambda: penalty.round_to(0), lambda: penalty.round_to(2.5)],
+    "bits": [lambda: penalty.quantization(0), lambda: penalty.round_to(0), lambda: penalty.round_to(2.5),
+             lambda: penalty.RoundedWeights(33), lambda: penalty.named("rounded_weights", 0.5)],
     "temperature": [lambda: penalty.Distillation(1, nn.Flatten(), temperature=0)],
     "sigma": [lambda: penalty.KLNoise(1, sigma=0), lambda: penalty.KLNoise(1, sigma=-0.1)],
     "rho": [lambda: penalty.SAM(-1)],
@@ -503,7 +558,7 @@ BAD = {
     "decay": [lambda: penalty.FisherQuantization(decay=2)],
     "constant": [lambda: penalty.FisherQuantization(constant=-1)],
     "penalty": [lambda: penalty.named("prayer", 1)],
-    "teacher": [lambda: penalty.named("distillation", 1)],
+    "teacher": [lambda: penalty.named("distillation", 1), lambda: penalty.named("distillation_hot", 1)],
 }
 
 
@@ -527,7 +582,7 @@ def small(data):
 @pytest.mark.parametrize("optimizer", ["adam", "adamw"])
 def test_every_penalty_trains(digits, name, optimizer):
     net = small(digits)
-    chosen = penalty.named(name, 1e-2, teacher=net)
+    chosen = of_name(name, 1e-2, teacher=net)
     _, history = fit(net, digits, epochs=10, lr=0.03, optimizer=optimizer, penalty=chosen)
     assert history.validation_accuracy.iloc[-1] > 0.5
 
@@ -567,7 +622,7 @@ def test_a_decay_that_enters_the_moments_of_adam_is_refused(digits):
 def test_every_penalty_trains_in_bfloat16(digits, name):
     torch.manual_seed(0)
     net = nets.small_cnn(10, digits.shape, width=4)
-    _, history = fit(net, digits, epochs=2, precision="bfloat16", penalty=penalty.named(name, 1e-3, teacher=net))
+    _, history = fit(net, digits, epochs=2, precision="bfloat16", penalty=of_name(name, 1e-3, teacher=net))
     assert history.train_loss.iloc[-1] < history.train_loss.iloc[0]
 
 
@@ -587,7 +642,7 @@ class Spare(nn.Module):
 def test_parameters_that_the_outputs_do_not_depend_on_get_no_penalty(digits, name):
     torch.manual_seed(0)
     net = Spare(digits)
-    trained, _ = fit(net, digits, epochs=1, penalty=penalty.named(name, 1e-2, teacher=net))
+    trained, _ = fit(net, digits, epochs=1, penalty=of_name(name, 1e-2, teacher=net))
     assert not torch.equal(trained.used[1].weight, net.used[1].weight)
     if name not in ("l2", "kl_noise", "weight_noise", "weight_deletion", "sam"):
         assert torch.equal(trained.unused.weight, net.unused.weight)
@@ -819,7 +874,7 @@ def test_a_resumed_run_ends_as_an_uninterrupted_one(digits, tmp_path, make):
 
 @pytest.mark.parametrize("name", [name for name in penalty.NAMES if name != "none"])
 def test_the_same_object_can_go_on_from_its_checkpoint(digits, tmp_path, name):
-    chosen = penalty.named(name, 1e-2, teacher=small(digits))
+    chosen = of_name(name, 1e-2, teacher=small(digits))
     before = repr(chosen)
     first, _ = fit(small(digits), digits, epochs=1, penalty=chosen, checkpoint=tmp_path / "run")
     again, _ = fit(small(digits), digits, epochs=1, penalty=chosen, checkpoint=tmp_path / "run")
