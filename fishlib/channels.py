@@ -12,6 +12,7 @@ import contextlib
 import copy
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields
+from itertools import combinations
 
 import numpy as np
 import pandas as pd
@@ -497,8 +498,9 @@ def allocate(net: nn.Module, shape: Sequence[int], contribution: Mapping[str, fl
 
     ``share_l = clip(a (1 + tilt (n + 1 - 2 r_l) / (n - 1)), 0, b)`` for the n layers, with r_l = 1 for the one that
     contributes least and n for the one that contributes most. Bisection finds the a at which as many MACs are left as by
-    `share`; b is 0.9, or `share` where that is more. Shares are rounded to whole channels, up or down, whichever leaves the
-    MACs nearest: within 1 % of them where layers have dozens of channels. Each layer keeps at least one channel.
+    `share`; b is 0.9, or `share` where that is more. Shares are rounded to whole channels. Where that takes the MACs off by
+    more than 1 %, layers lose a channel more or less, never more than 1.5 off the formula; networks with a few narrow
+    layers may stay off by more. Each layer keeps at least one channel.
 
     Parameters
     ----------
@@ -538,7 +540,7 @@ def allocate(net: nn.Module, shape: Sequence[int], contribution: Mapping[str, fl
 
 def _whole(removed: Callable[[float], np.ndarray], macs: Callable[[np.ndarray], float], target: float,
            most: np.ndarray) -> np.ndarray:
-    """Whole numbers beside those of `removed`, which grow with its argument, that leave MACs as near to the target as any."""
+    """Whole numbers near those of `removed`, which grow with its argument, that leave MACs within 1 % if any such do."""
     low, high = 0.0, 1.0
     while macs(removed(high)) > target and high < 1e6:
         high *= 2
@@ -546,20 +548,21 @@ def _whole(removed: Callable[[float], np.ndarray], macs: Callable[[np.ndarray], 
         centre = (low + high) / 2
         low, high = (centre, high) if macs(removed(centre)) > target else (low, centre)
     exact = removed(high)
-    floor, ceiling = (np.minimum(one, most).astype(int) for one in (np.floor(exact + 1e-9), np.ceil(exact - 1e-9)))
-    counts = np.minimum(np.round(exact), most).astype(int)
+    counts = np.round(exact).clip(0, most).astype(int)
+    steps = [sign * row for row in np.eye(len(counts), dtype=int) for sign in (-1, 1)]
+    steps += [one + other for one, other in combinations(steps, 2)]
 
     def error(one: np.ndarray) -> float:
         return abs(macs(one) - target)
 
-    layers = np.arange(len(counts))
-    while True:
-        others = [np.where((layers == i) | (layers == j), floor + ceiling - counts, counts)  # one layer or two the other way
-                  for i in layers for j in layers[:i + 1]]
-        best = min(others, key=error)
+    while error(counts) > 0.01 * target:
+        others = [counts + step for step in steps]
+        best = min((one for one in others if (abs(one - exact) <= 1.5).all() and (0 <= one).all() and (one <= most).all()),
+                   key=error, default=counts)
         if error(best) >= error(counts):
-            return counts
+            break
         counts = best
+    return counts
 
 
 def _macs_left(net: nn.Module, shape: Sequence[int], names: Sequence[str]) -> Callable[[np.ndarray], float]:
