@@ -264,7 +264,8 @@ def test_nothing_of_the_callers_network_changes(net, data):
     random = torch.get_rng_state()
     for criterion in channels.CRITERIA:
         channels.remove(net, SHAPE, channels.choose(net, data, criterion, 0.5, images=60))
-    channels.contribution(net, data, images=30)
+    channels.contribution(net, data, images=30, by="kl")
+    channels.allocate(net, SHAPE, {"0": 1.0, "4": 2.0})
     after, still = state(net)
     assert training == still
     assert all(torch.equal(before[name], after[name]) for name in before)
@@ -286,8 +287,16 @@ def test_nothing_of_the_callers_network_changes(net, data):
     (lambda net, data: channels.activations(net, data, images=20).between("0", "zz"), "unknown layer 'zz'"),
     (lambda net, data: channels.contribution(net, data, portions=-1), "portions=-1"),
     (lambda net, data: channels.contribution(nets.mlp(), data), "has no nn.Conv2d"),
-    (lambda net, data: channels.scores(net, data, "foo"), "use one of l1, fpgm, taylor, rank, group, random"),
+    (lambda net, data: channels.contribution(net, data, by="rank"), "unknown by 'rank': use one of l1, kl"),
+    (lambda net, data: channels.scores(net, data, "foo"), "use one of l1, fpgm, taylor, rank, chip, group, random"),
     (lambda net, data: channels.choose(net, data, share=1.0), "below 1"),
+    (lambda net, data: channels.choose(net, data, share={"0": 0.5, "4": 1.0}), "share=1.0: use a share from 0 to below 1"),
+    (lambda net, data: channels.choose(net, data, share={"0": 0.5}, layers=["0", "4"]), "no share for layer 4"),
+    (lambda net, data: channels.allocate(net, SHAPE, {"0": 1, "4": 2}, share=1.0), "share=1.0"),
+    (lambda net, data: channels.allocate(net, SHAPE, {"0": 1, "4": 2}, tilt=1.0), "tilt=1.0: use a number above -1"),
+    (lambda net, data: channels.allocate(net, SHAPE, {"0": 1}), "no contribution of layer 4"),
+    (lambda net, data: channels.allocate(net, SHAPE, {"0": 1, "4": float("nan")}), "contributions are not finite"),
+    (lambda net, data: channels.allocate(nets.relation_net("attention"), SHAPE, {}), "no convolution of Sequential can lose"),
     (lambda net, data: channels.choose(nets.relation_net("attention"), data), "no convolution of Sequential can lose channels"),
 ])
 def test_bad_input_is_named(net, data, call, message):
@@ -338,6 +347,7 @@ def test_convolutions_that_do_not_run_are_left_out(data, criterion):
     lambda net, data: channels.relations(net, data, layers=["unused"], images=20),
     lambda net, data: channels.scores(net, data, "taylor", ["unused"], images=20),
     lambda net, data: channels.scores(net, data, "rank", ["unused"], images=20),
+    lambda net, data: channels.scores(net, data, "chip", ["unused"], images=20),
     lambda net, data: channels.scores(net, data, "group", ["unused"]),
     lambda net, data: channels.remove(net, SHAPE, {"unused": [0]})])
 def test_a_layer_that_was_asked_for_and_does_not_run_is_named(data, call):
@@ -360,6 +370,34 @@ def test_contribution_is_the_kl_of_predictions_with_and_without(net, data):
         p, q = (one(images[chosen]).softmax(1).double().numpy() for one in (net, muted))
     assert table.loc[("4", 0), "kl"] == pytest.approx(np.mean([entropy(a, b) for a, b in zip(p, q, strict=True)]), rel=1e-4)
     assert table.kl.is_monotonic_increasing
+
+
+def test_portions_by_kl_are_those_that_redundancy_removes_one_after_the_other(net, data):
+    net[5].weight.data[3], net[5].bias.data[3] = 0, -1
+    images, _ = data.split("validation")
+    chosen = torch.linspace(0, len(images) - 1, 20, dtype=torch.float64).round().long()
+    statistics = channels.activations(net, data, images=20).layers["4"]
+    assert statistics.dead == [3]
+    relation = channels.activations(net, data, images=20).relation("4", "kl")
+    first, second = (set(channels.redundant(relation, "kl", count, [3])) for count in (4, 8))
+    assert 3 in first
+    assert first < second  # otherwise what follows does not hold
+    table = channels.contribution(net, data, images=20, by="kl").set_index(["layer", "portion"])
+    for portion, part in enumerate((first, second - first)):
+        muted = copy.deepcopy(net)
+        muted[5].weight.data[list(part)], muted[5].bias.data[list(part)] = 0, 0
+        with torch.no_grad():
+            p, q = (one(images[chosen]).softmax(1).double().numpy() for one in (net, muted))
+        assert table.loc[("4", portion), "kl"] == pytest.approx(np.mean([entropy(a, b) for a, b in zip(p, q, strict=True)]),
+                                                                rel=1e-4)
+        assert table.loc[("4", portion), "channels"] == 4
+
+
+@settings(max_examples=25, deadline=None)
+@given(st.integers(1, 12), st.integers(0, 8), st.integers(0, 1000))
+def test_portions_by_kl_hold_every_channel_once(size, portions, seed):
+    matrix = torch.rand(size, size, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    assert sorted(channels._removal_order(matrix, [0], portions)) == list(range(size))
 
 
 def test_input_divergence_is_that_between_the_histograms_of_all_values(net, data):
@@ -436,6 +474,43 @@ def test_fpgm_and_rank_are_what_they_are_named_for(net, data):
     np.testing.assert_allclose(channels.scores(net, data, "rank", ["0"], images=10_000)["0"], ranks, atol=0.02)
 
 
+def nuclear_norms_by_loops(maps):
+    """By how much the sum of singular values of an image's maps (C, P) falls without each channel."""
+    fall = []
+    for one in range(len(maps)):
+        without = maps.clone()
+        without[one] = 0
+        fall.append(torch.linalg.svdvals(maps).sum() - torch.linalg.svdvals(without).sum())
+    return torch.stack(fall)
+
+
+@settings(max_examples=25, deadline=None)
+@given(st.integers(1, 9), st.integers(1, 9), st.integers(0, 1000), st.sampled_from([1e-6, 1.0, 1e6]),
+       st.sampled_from(["plain", "dead", "twins", "nothing", "small"]))
+def test_independence_is_the_fall_of_the_nuclear_norm(channels_, pixels, seed, unit, case):
+    maps = unit * torch.rand(2, channels_, pixels, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    if case == "twins":
+        maps[:, -1] = maps[:, 0]
+    maps[:, 0] *= {"dead": 0, "small": 1e-4}.get(case, 1)
+    maps *= case != "nothing"
+    found = channels.independence(maps)
+    expected = torch.stack([nuclear_norms_by_loops(one) for one in maps])
+    torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-6 * unit)
+    assert (found >= 0).all()
+
+
+def test_chip_is_the_mean_independence_over_images_behind_the_relu(net, data):
+    images = data.split("train")[0]
+    chosen = torch.linspace(0, len(images) - 1, 12, dtype=torch.float64).round().long()
+    for layer, depth in (("0", 3), ("4", 7)):
+        maps = maps_of(net, images[chosen], depth).double().flatten(2)
+        expected = torch.stack([nuclear_norms_by_loops(one) for one in maps]).mean(0)
+        found = channels.scores(net, data, "chip", [layer], images=12)[layer]
+        torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+    many = [channels.scores(net, data, "chip", ["0"], images=count)["0"] for count in (channels.CHIP_IMAGES, 10_000)]
+    assert torch.equal(*many)
+
+
 def test_l1_is_the_sum_of_magnitudes_of_a_filter(net, data):
     expected = [sum(abs(w) for w in one.flatten().tolist()) for one in net[4].weight]
     assert channels.scores(net, data, "l1")["4"].tolist() == pytest.approx(expected)
@@ -453,6 +528,62 @@ def test_group_is_the_sum_of_squares_of_all_weights_that_go_together(net, data):
 def test_a_share_of_channels_is_not_rounded_down_below_a_whole_number(data):
     net = nets.small_cnn(10, SHAPE, 100)
     assert {name: len(one) for name, one in channels.choose(net, data, "l1", 0.29).items()} == {"0": 29, "4": 58}
+
+
+# Allocation.
+
+
+def allocated(net, data, contribution, share, tilt):
+    """The shares of an allocation and the MACs of the network without them."""
+    shares = channels.allocate(net, data.shape, contribution, share, tilt)
+    return shares, cost.count(channels.remove(net, data.shape, channels.choose(net, data, "l1", shares)), data.shape).macs
+
+
+@pytest.mark.parametrize("share", [0.2, 0.5, 0.8])
+@pytest.mark.parametrize("tilt", [-0.5, 0.5, 0.9])
+@pytest.mark.parametrize("build", [lambda: nets.vgg(11, 10, 1, 16), lambda: nets.resnet(20, 10, 1, 16)])
+def test_an_allocation_leaves_the_macs_of_the_uniform_share(data, build, tilt, share):
+    net = build()
+    names = channels.removable(net, data.shape)
+    contribution = dict(zip(names, np.random.default_rng(0).permutation(len(names)), strict=True))
+    uniform = cost.count(channels.remove(net, data.shape, channels.choose(net, data, "l1", share)), data.shape).macs
+    shares, macs = allocated(net, data, contribution, share, tilt)
+    assert macs == pytest.approx(uniform, rel=0.01)
+    # From the layer that contributes least to the one that contributes most, up to a channel of rounding.
+    ordered = [shares[name] for name in sorted(names, key=contribution.get, reverse=tilt < 0)]
+    assert all(later <= earlier + 3 / 16 for earlier, later in zip(ordered, ordered[1:], strict=False))
+    assert ordered[0] > share > ordered[-1]
+
+
+def test_an_allocation_follows_its_formula(data):
+    net = nets.vgg(11, 10, 1, 16)
+    names = channels.removable(net, data.shape)
+    contribution = {name: float(i) for i, name in enumerate(names)}
+    shares = channels.allocate(net, data.shape, contribution, 0.3, 0.5)
+    n = len(names)
+    weights = [1 + 0.5 * (n + 1 - 2 * rank) / (n - 1) for rank in range(1, n + 1)]
+    factor = [shares[name] / weight for name, weight in zip(names, weights, strict=True)]
+    a = shares[names[-1]] / weights[-1]  # its layer is one of the widest, so that rounding is least
+    width = [net.get_submodule(name).out_channels for name in names]
+    assert all(abs(one - a) * weight <= 2 / c for one, weight, c in zip(factor, weights, width, strict=True))
+    same = channels.allocate(net, data.shape, dict.fromkeys(names, 1.0), 0.3, 0.5)
+    assert same == channels.allocate(net, data.shape, contribution, 0.3, 0)
+    assert all(abs(one - 0.3) <= 1 / 16 for one in same.values())
+    high = channels.allocate(net, data.shape, contribution, 0.95, 0.5)
+    assert all(round(share * c) < c for share, c in zip(high.values(), width, strict=True))
+
+
+def test_macs_of_an_allocation_are_those_of_the_network_without_the_channels(any_net):
+    names = channels.removable(any_net, SHAPE)
+    removed = [1 + i % (any_net.get_submodule(name).out_channels - 1) for i, name in enumerate(names)]
+    smaller = channels.remove(any_net, SHAPE, {name: range(count) for name, count in zip(names, removed, strict=True)})
+    assert channels._macs_left(any_net, SHAPE, names)(np.array(removed)) == cost.count(smaller, SHAPE).macs
+
+
+def test_each_layer_can_have_a_share_of_its_own(net, data):
+    chosen = channels.choose(net, data, "kl", {"4": 0.25, "0": 0.5}, images=30)
+    assert {name: len(one) for name, one in chosen.items()} == {"0": 4, "4": 4}
+    assert list(channels.choose(net, data, "l1", {"4": 0.25})) == ["4"]
 
 
 # Removal.
