@@ -89,6 +89,11 @@ def clear(one: float, spread: float, other: float, other_spread: float, seeds: i
     return one - other - float(stats.t.ppf(0.975, freedom)) * ((spread**2 + other_spread**2) / seeds) ** 0.5
 
 
+def minus(numbers: Sequence[float], others: Sequence[float]) -> list[float]:
+    """Differences of two lists, pair by pair."""
+    return [one - other for one, other in zip(numbers, others, strict=True)]
+
+
 def paired(differences: Sequence[float]) -> float:
     """The mean of paired differences, one a seed, less the half width of its 95 % interval (Student); above zero where the
     seeds tell it to be. LookupError for a single seed."""
@@ -166,7 +171,7 @@ def judged(files: Sequence[Mapping[str, Any]], chosen: float, fewer: float, erro
 
 
 FUNCTIONS = {"abs": abs, "len": len, "max": max, "min": min, "number": number, "each": each, "gains": gains, "above": above,
-             "clear": clear, "paired": paired, "uncapped": uncapped, "beyond": beyond, "order": order}
+             "clear": clear, "minus": minus, "paired": paired, "uncapped": uncapped, "beyond": beyond, "order": order}
 
 
 @dataclass(frozen=True)

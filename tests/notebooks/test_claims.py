@@ -124,6 +124,8 @@ def test_paired_differences_leave_a_claim_to_the_interval_of_their_mean():
     differences = [0.3, 0.1, 0.4, 0.35]
     low = stats.ttest_1samp(differences, 0).confidence_interval(0.95).low
     assert claims.paired(differences) == pytest.approx(low)
+    records = {"ours": [1.3, 2.1, 0.4, 1.35], "theirs": [1, 2, 0, 1]}
+    assert claims.value("paired(minus(ours, theirs))", records) == pytest.approx(low)
     with pytest.raises(LookupError, match="one seed"):
         claims.paired([0.3])
 
