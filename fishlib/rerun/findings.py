@@ -177,12 +177,14 @@ def _finding(make: Callable[[Records], Finding], runs: Iterable[dict]) -> Findin
     return None
 
 
-def _weight(run: dict) -> tuple[bool, bool, bool, int, int]:
-    """Three seeds or more before fewer, real images before digits, all of them before a part, then large data, then seeds."""
+def _weight(run: dict) -> tuple[bool, bool, bool, int, int, bool]:
+    """Three seeds or more before fewer, real images before digits, all of them before a part, then large data, then seeds, and
+    of files the way of the chapter before others."""
     given = run["parameters"]
     seeds, dataset = given.get("seeds", 1), given.get("dataset")
     size = DATASETS.index(dataset) if dataset in DATASETS else -1
-    return seeds >= 3, size > DATASETS.index("digits"), not given.get("limit"), size, seeds
+    usual = given.get("path_score", "magnitude") == "magnitude"
+    return seeds >= 3, size > DATASETS.index("digits"), not given.get("limit"), size, seeds, usual
 
 
 def _conditions(run: dict) -> str:
