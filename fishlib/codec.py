@@ -26,7 +26,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from .weights import own_classes, plain, prunable
+from .weights import own_classes, plain, prunable, refuse_shared
 
 # -- quantisers -------------------------------------------------------------------------------------------------------
 
@@ -315,7 +315,7 @@ class RoundedWeights(L.Callback):
 
     def setup(self, trainer: L.Trainer, module: L.LightningModule, stage: str) -> None:
         self.rounded = [_append(layer, "weight", Rounded(self.bits, self.by))
-                        for layer in prunable(own_classes(module.net)).values()]
+                        for layer in prunable(refuse_shared(own_classes(module.net))).values()]
 
     def on_train_batch_start(self, trainer: L.Trainer, module: L.LightningModule, *_: Any) -> None:
         if trainer.global_step >= self.start * trainer.estimated_stepping_batches:
@@ -346,7 +346,7 @@ class SharedWeights(L.Callback):
 
     def setup(self, trainer: L.Trainer, module: L.LightningModule, stage: str) -> None:
         self.shared = []
-        for layer in prunable(own_classes(module.net)).values():
+        for layer in prunable(refuse_shared(own_classes(module.net))).values():
             kinds = [("weight", self.bits)] + ([("bias", self.bias_bits)] if self.bias_bits and layer.bias is not None else [])
             for name, bits in kinds:
                 self.shared.append((layer, name, _append(layer, name, Shared(getattr(layer, name))), 2**bits))

@@ -160,6 +160,7 @@ _NORMS = {aten.native_batch_norm, aten._native_batch_norm_legit_no_training, ate
 _RELUS = {aten.relu, aten.relu_}
 
 
+@torch.inference_mode(False)  # there operations would reach the counter in one piece
 def count(net: nn.Module, shape: Sequence[int], bits: int = 32) -> Cost:
     """The cost of one prediction for an input of `shape` (C, H, W).
 

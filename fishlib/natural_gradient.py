@@ -230,6 +230,8 @@ class NaturalGradient(torch.optim.Optimizer):
     generator : of the drawn labels; None draws from fresh entropy
     """
 
+    resumable = False  # factors and passes are not in its state_dict
+
     def __init__(self, net: nn.Module, lr: float = 0.1, damping: float = 1e-2, momentum: float = 0.9, decay: float = 0.95,
                  every: int = 10, weight_decay: float = 0.0, max_kl: float | None = 1e-2,
                  generator: torch.Generator | None = None, likelihood: Softmax = SOFTMAX):

@@ -277,6 +277,8 @@ def kept(path: str | Path | None, compute: Callable[[], pd.DataFrame]) -> pd.Dat
     path = path and Path(path)
     if path and path.exists():
         return pd.read_csv(path, float_precision="round_trip")
+    if path:
+        path.parent.mkdir(parents=True, exist_ok=True)
     table = compute()
     if path:
         part = path.with_name(f"{path.name}.part{os.getpid()}")

@@ -228,7 +228,7 @@ def reestimated(net: nn.Module, data: ImageData, weights: Weights, batches: int 
     norms = [m for m in net.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.track_running_stats]
     if not norms:
         return {}
-    momenta = [m.momentum for m in norms]
+    before = [(m.momentum, m.training) for m in norms]
     try:
         for m in norms:
             m.train()
@@ -237,9 +237,8 @@ def reestimated(net: nn.Module, data: ImageData, weights: Weights, batches: int 
                 m.momentum = 1 / count
             outputs_at(net, weights | buffers, images)
     finally:
-        for m, momentum in zip(norms, momenta, strict=True):
-            m.momentum = momentum
-            m.eval()
+        for m, (momentum, training) in zip(norms, before, strict=True):
+            m.momentum, m.training = momentum, training
     return buffers
 
 

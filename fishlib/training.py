@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import hashlib
+import inspect
 import logging
 import os
 import sys
@@ -83,7 +84,7 @@ def evaluation_mode(net: nn.Module) -> Iterator[nn.Module]:
 class Classifier(L.LightningModule):
     """A network with its loss, optimizer and schedule; `history` gains one row an epoch."""
 
-    def __init__(self, net: nn.Module, optimizer: str | Callable, lr: float, schedule: str, weight_decay: float,
+    def __init__(self, net: nn.Module, optimizer: str | Callable, lr: float | None, schedule: str, weight_decay: float,
                  label_smoothing: float, penalty: Any, seed: int, channels_last: bool, compiled: bool):
         super().__init__()
         self.net = _channels_last(net) if channels_last else net
@@ -144,8 +145,9 @@ class Classifier(L.LightningModule):
         # Here and not at the end of the training epoch, where callbacks come first: a checkpoint holds this row.
         loss, accuracy = self._means(self.sums)
         if not torch.isfinite(torch.tensor(loss)):
+            rate = self.trainer.optimizers[0].defaults["lr"] if self.lr is None else self.lr
             raise FloatingPointError(f"the training loss became {loss} in epoch {self.current_epoch + 1}: lower the "
-                                     f"learning rate ({self.lr:g})")
+                                     f"learning rate ({rate:g})")
         validation_loss, validation_accuracy = self._means(self.validation_sums)
         self.history.append({
             "epoch": self.current_epoch + 1, "train_loss": loss, "train_accuracy": accuracy,
@@ -166,7 +168,8 @@ class Classifier(L.LightningModule):
         steps = self.trainer.estimated_stepping_batches
         if self.schedule == "onecycle":
             momentum = any(name in optimizer.defaults for name in ("momentum", "betas"))
-            scheduler = torch.optim.lr_scheduler.OneCycleLR(optimizer, self.lr, steps, cycle_momentum=momentum)
+            highest = [group["lr"] for group in optimizer.param_groups] if self.lr is None else self.lr
+            scheduler = torch.optim.lr_scheduler.OneCycleLR(optimizer, highest, steps, cycle_momentum=momentum)
         else:
             scheduler = torch.optim.lr_scheduler.MultiStepLR(optimizer, [steps // 2, steps * 3 // 4])
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
@@ -212,10 +215,10 @@ def fit(net: nn.Module, data: ImageData, *, epochs: int = 10, optimizer: str | C
     net : maps images (N, C, H, W) to logits (N, classes)
     epochs : passes over the training split
     optimizer : "sgd" (Nesterov momentum 0.9), "adam", "adamw", or a function from the network to a torch optimizer
-    lr : learning rate, the highest one under "onecycle"; by default 0.1 for SGD and 0.003 for Adam; for a function, the
-        rate of its first parameter group
+    lr : learning rate, the highest one under "onecycle"; by default 0.1 for SGD and 0.003 for Adam. Beside a function it is
+        taken under "onecycle" alone, and by default each parameter group has its own
     schedule : "onecycle" [Smith 2018], "step" (a tenth after a half and again after three quarters), or "constant"
-    weight_decay : coupled for "sgd" and "adam", decoupled for "adamw"
+    weight_decay : coupled for "sgd" and "adam", decoupled for "adamw"; a function has its own
     label_smoothing : share of the target that is spread over all classes
     penalty : a term added to the loss, called as ``penalty(net, images, labels, logits)``; or, where it has a method
         ``objective(net, images, labels, logits, criterion)``, what takes the place of the loss
@@ -224,7 +227,8 @@ def fit(net: nn.Module, data: ImageData, *, epochs: int = 10, optimizer: str | C
     precision : "auto" takes bfloat16 where the device gains from it (CUDA, CPUs with AMX or AVX512-BF16), else float32
     compiled : train through ``torch.compile``
     checkpoint : file that is rewritten after each epoch; where it exists, the run goes on from it to the same result. It
-        belongs to one network with its weights, data, settings and penalty; functions are known by their names
+        belongs to one network with its weights, data, settings, penalty and this library's callbacks; functions
+        are known by their names
     devices : number of devices, as for Lightning's trainer
     seed : of batches, augmentation and dropout
     progress : a progress bar; by default in terminals only
@@ -237,24 +241,30 @@ def fit(net: nn.Module, data: ImageData, *, epochs: int = 10, optimizer: str | C
     Raises
     ------
     ValueError
-        an unknown name, fewer than one epoch, a penalty that is none, a network with fewer outputs than classes, of
-        float64 or with all parameters frozen, or a checkpoint of a run with other settings or of another network
+        an unknown name, fewer than one epoch, a penalty that is none, a rate or a decay that a function for the optimizer would
+        not take, a network with fewer outputs than classes, of float64 or with all parameters frozen, a checkpoint of a run
+        with other settings or of another network, or one for an optimizer that cannot be resumed (`NaturalGradient`)
     FloatingPointError
         the loss is no longer finite
     """
     _check(epochs, optimizer, schedule, precision, penalty)
+    _check_function(optimizer, lr, schedule, weight_decay)
     net = copy.deepcopy(net).train()  # Lightning would keep the mode that it finds, and BatchNorm its old statistics
     made = optimizer(copy.deepcopy(net)) if callable(optimizer) else None
-    if lr is None:
-        lr = made.param_groups[0]["lr"] if made else LEARNING_RATES[optimizer]
+    if lr is None and not made:
+        lr = LEARNING_RATES[optimizer]
     reduced = precision == "bfloat16" or (precision == "auto" and _gains_from_bfloat16(data.device))
-    conditions = {"epochs": epochs, "lr": lr, "schedule": schedule, "weight_decay": weight_decay, "seed": seed,
+    rate = made.param_groups[0]["lr"] if lr is None else lr
+    conditions = {"epochs": epochs, "lr": rate, "schedule": schedule, "weight_decay": weight_decay, "seed": seed,
                   "label_smoothing": label_smoothing, "data": data.fingerprint, "batch_size": data.batch_size,
                   "split": data.seed, "images": data.size("train"), "augment": list(data.augment),
                   "optimizer": _chosen(made) if made else optimizer}
     path = Path(checkpoint) if checkpoint else None
     if path:
-        conditions |= {"network": digest(net.state_dict()), "penalty": _identity(penalty, net)}
+        if not getattr(made, "resumable", True):
+            raise ValueError(f"{type(made).__name__} does not keep all of its state in a file: leave checkpoint out")
+        conditions |= {"network": digest(net.state_dict()), "penalty": _identity(penalty, net),
+                       "precision": "bfloat16" if reduced else "float32", "callbacks": _described(callbacks)}
         _check_resumable(path, conditions)
         path.parent.mkdir(parents=True, exist_ok=True)
     channels_last = reduced or data.device.type == "cpu"  # the layout in which convolutions are faster there
@@ -265,7 +275,7 @@ def fit(net: nn.Module, data: ImageData, *, epochs: int = 10, optimizer: str | C
         devices = [data.device.index]  # else Lightning takes the first one
     extra = [penalty] if isinstance(penalty, L.Callback) else []
     saving = [Checkpoint(path, conditions)] if path else []
-    with _own_randomness(data.device, seed), _quiet():
+    with _own_randomness(seed), _quiet():
         trainer = L.Trainer(
             max_epochs=epochs, accelerator="gpu" if data.device.type == "cuda" else "cpu", devices=devices,
             precision="bf16-mixed" if reduced else "32-true", callbacks=[*callbacks, *extra, *saving], logger=False,
@@ -299,6 +309,13 @@ def _check(epochs: int, optimizer: str | Callable, schedule: str, precision: str
             raise ValueError(f"unknown {name} {value!r}: use one of {', '.join(choices)}")
 
 
+def _check_function(optimizer: str | Callable, lr: float | None, schedule: str, weight_decay: float) -> None:
+    if callable(optimizer) and weight_decay:
+        raise ValueError(f"weight_decay={weight_decay} beside a function for the optimizer: give it in the function")
+    if callable(optimizer) and lr is not None and schedule != "onecycle":
+        raise ValueError(f"lr={lr} beside a function for the optimizer, under {schedule!r}: give it in the function")
+
+
 def digest(tensors: Mapping[str, Any]) -> str:
     """16 hexadecimal digits of the sha256 of names, types, shapes and values: the same for the same weights only."""
     total = hashlib.sha256()
@@ -315,6 +332,14 @@ def _identity(penalty: Any, net: nn.Module) -> str:
     if hasattr(penalty, "identity"):
         return penalty.identity(net)
     return repr(penalty) if isinstance(penalty, L.Callback) else getattr(penalty, "__qualname__", type(penalty).__name__)
+
+
+def _described(callbacks: Sequence[L.Callback]) -> list[str]:
+    """Of this library's callbacks, which change the training: class and what each was made with, as its attributes tell."""
+    own = [one for one in callbacks if type(one).__module__.partition(".")[0] == __package__]
+    values = [{name: getattr(one, name, None) for name in inspect.signature(type(one)).parameters} for one in own]
+    plain = [{name: value for name, value in of.items() if isinstance(value, bool | int | float | str)} for of in values]
+    return [f"{type(one).__qualname__} {of}" for one, of in zip(own, plain, strict=True)]
 
 
 def _chosen(optimizer: torch.optim.Optimizer) -> str:
@@ -355,8 +380,9 @@ def _in_terminal() -> bool:
 
 
 @contextlib.contextmanager
-def _own_randomness(device: torch.device, seed: int) -> Iterator[None]:
-    with torch.random.fork_rng(devices=[device.index or 0] if device.type == "cuda" else []):
+def _own_randomness(seed: int) -> Iterator[None]:
+    # All of them: torch.manual_seed sets the generators of each GPU, used or not.
+    with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
         torch.manual_seed(seed)
         yield
 

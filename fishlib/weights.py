@@ -58,6 +58,17 @@ def prunable(net: nn.Module) -> dict[str, nn.Module]:
             if isinstance(module, PRUNABLE)}
 
 
+def refuse_shared(net: nn.Module) -> nn.Module:
+    """`net`, unless two layers hold one weight, of which a mask or a quantiser would change one layer only: ValueError."""
+    holders: dict[int, str] = {}
+    for name, module in prunable(net).items():
+        weight = module.parametrizations.weight.original if parametrize.is_parametrized(module, "weight") else module.weight
+        if (first := holders.setdefault(id(weight), name)) != name:
+            raise ValueError(f"{first} and {name} are one weight, and a mask would hold in one of the two layers only: give "
+                             "each layer a weight of its own")
+    return net
+
+
 def values(net: nn.Module) -> dict[str, Tensor]:
     """The weights as the network uses them, masks and quantisers applied, detached."""
     with torch.no_grad():
@@ -136,7 +147,8 @@ def score(net: nn.Module, data: ImageData | Iterable[tuple[Tensor, Tensor]], by:
       estimator, E[z * Hz] over signs z, ``draws`` (1) for each batch; negative h counts as zero.
     - ``taylor``: (g w)^2, g the gradient of the mean loss of a batch, averaged over batches (arXiv:1906.10771).
     - ``woodfisher``: 1/2 w^2 / [F^-1]_ii, F the empirical Fisher information in blocks of ``block`` (64) consecutive
-      weights, plus ``damping`` (0.001) times the mean of its diagonal (arXiv:2004.14340).
+      weights, plus ``damping`` (0.001) times the mean of the blocks' diagonals (arXiv:2004.14340). The last block of a layer is
+      filled up with zeros, which count in that mean.
 
     Weights that are zero behind a mask score -1: what was removed stays removed.
 
@@ -322,7 +334,7 @@ def apply(net: nn.Module, masks: Mapping[str, Tensor], straight: bool = False) -
     ValueError
         a mask for a weight that the network does not have, or of another shape
     """
-    net = duplicate(net)
+    net = refuse_shared(duplicate(net))
     layers = prunable(net)
     for name, mask in masks.items():
         if name not in layers:
@@ -389,15 +401,15 @@ def without_dead_ends(net: nn.Module, shape: tuple[int, int, int]) -> nn.Module:
     positive = copy.deepcopy(net).double()
     with torch.no_grad():
         for parameter in positive.parameters():
-            parameter.copy_((parameter != 0).double())
+            parameter.requires_grad_().copy_((parameter != 0).double())
     ones = torch.ones(1, *shape, dtype=torch.float64, device=next(positive.parameters()).device)
-    with evaluation_mode(positive), _MeanPooling():
+    with torch.enable_grad(), evaluation_mode(positive), _MeanPooling():
         # Path counts grow fast: the logarithm of the sum keeps the gradients within range.
-        gradients = torch.autograd.grad(positive(ones).sum().log(), list(positive.parameters()), allow_unused=True)
+        gradients = torch.autograd.grad(positive(ones).sum().log(), list(positive.parameters()), allow_unused=True,
+                                        materialize_grads=True)
     with torch.no_grad():
         for parameter, gradient in zip(net.parameters(), gradients, strict=True):
-            if gradient is not None:
-                parameter.masked_fill_(gradient == 0, 0.0)
+            parameter.masked_fill_(gradient == 0, 0.0)
     return net
 
 
@@ -451,7 +463,7 @@ class Pruning(L.Callback):
 
     def setup(self, trainer: L.Trainer, module: L.LightningModule, stage: str) -> None:
         # Before the optimizer exists: a parametrized weight is another entry of the network's parameters.
-        for layer in prunable(own_classes(module.net)).values():
+        for layer in prunable(refuse_shared(own_classes(module.net))).values():
             kept = layer.weight.detach() != 0 if _attached(layer) else torch.ones_like(layer.weight, dtype=torch.bool)
             _attach(layer, kept, self.regrow)
         kept = torch.cat([mask.flatten() for mask in masks(module.net).values()])

@@ -165,3 +165,9 @@ def test_work_of_a_module_with_two_parents_is_counted():
     relu = nn.ReLU()
     net = nn.Sequential(nn.Sequential(nn.Linear(4, 4), relu), nn.Sequential(nn.Linear(4, 4), relu))
     assert cost.count(net, (4,)).relu_outputs == 8
+
+
+def test_costs_are_the_same_in_inference_mode():
+    with torch.inference_mode():
+        assert cost.count(nets.lenet5(), (1, 28, 28)).macs == cost.count(nets.lenet5(), (1, 28, 28)).macs == 2_293_000
+

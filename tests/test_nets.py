@@ -186,3 +186,10 @@ def test_digits_of_8_pixels_pass_through_every_family():
 def test_impossible_depths_are_refused_with_possible_ones(build):
     with pytest.raises(ValueError, match=r"depth=.*layers"):
         build()
+
+
+def test_a_frozen_densenet_stays_frozen_without_some_units():
+    net = nets.densenet(16, 4).requires_grad_(False)
+    smaller = units.keep(net, range(1, len(net.units)))
+    assert not any(parameter.requires_grad for parameter in smaller.parameters())
+

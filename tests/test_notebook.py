@@ -146,3 +146,12 @@ def test_paired_differences_have_students_interval_which_one_seed_and_the_grain_
     assert notebook.told_apart([1 / 144] * 3)
     assert not notebook.told_apart([1 / 144] * 3, grain=1 / 144)
     assert not notebook.told_apart([0.0, 0.0, 0.0])
+
+
+def test_a_kept_table_makes_its_folder_before_it_is_computed(tmp_path):
+    def compute():
+        assert (tmp_path / "new").is_dir()
+        return pd.DataFrame({"a": [1]})
+
+    assert notebook.kept(tmp_path / "new" / "table.csv", compute).a.to_list() == [1]
+

@@ -174,6 +174,13 @@ def test_statistics_are_taken_anew_for_the_changed_weights_only(normalised, data
         if "running" in name:
             torch.testing.assert_close(value, expected[name])
 
+
+def test_taking_statistics_anew_leaves_every_module_in_its_mode(normalised, data):
+    net = copy.deepcopy(normalised).train()
+    tampering.reestimated(net, data, dict(net.named_parameters()), batches=1)
+    assert all(module.training for module in net.modules())
+
+
 def test_accuracies_with_statistics_taken_anew_are_those_under_each_draw_s_own(normalised, data):
     draws = [tampering.changed(normalised, "range_noise", 0.3, generator(seed)) for seed in range(3)]
     own = [weights | tampering.reestimated(normalised, data, weights) for weights in draws]

@@ -8,8 +8,10 @@ from torch.nn import functional as F
 
 from fishlib import nets
 from fishlib.data import ImageData
+from fishlib.natural_gradient import NaturalGradient
 from fishlib.penalty import FisherTrace
 from fishlib.training import evaluate, fit
+from fishlib.weights import Pruning
 
 
 class Stop(Exception):
@@ -256,3 +258,48 @@ def test_a_checkpoint_of_another_optimizer_is_refused(small, net, tmp_path):
     with pytest.raises(ValueError, match="momentum"):
         fit(net, small, epochs=1, optimizer=lambda one: torch.optim.SGD(one.parameters(), 0.1, momentum=0.9),
             checkpoint=tmp_path / "run")
+
+
+def test_a_checkpoint_of_other_callbacks_of_the_library_or_of_another_precision_is_refused(small, net, tmp_path):
+    fit(net, small, epochs=1, checkpoint=tmp_path / "run", callbacks=[Pruning(0.5)])
+    with pytest.raises(ValueError, match=r"callbacks .*Pruning .*0\.5.* there"):
+        fit(net, small, epochs=1, checkpoint=tmp_path / "run", callbacks=[Pruning(0.9)])
+    with pytest.raises(ValueError, match="callbacks"):
+        fit(net, small, epochs=1, checkpoint=tmp_path / "run")
+    fit(net, small, epochs=1, checkpoint=tmp_path / "exact", precision="float32")
+    with pytest.raises(ValueError, match="precision float32 there, bfloat16 here"):
+        fit(net, small, epochs=1, checkpoint=tmp_path / "exact", precision="bfloat16")
+
+
+def test_each_parameter_group_of_a_given_optimizer_rises_to_its_own_rate(small, net):
+    def optimizer(one):
+        first, *others = one.parameters()
+        return torch.optim.SGD([{"params": [first], "lr": 0.1}, {"params": others, "lr": 0.001}])
+
+    seen = Rates()
+    fit(net, small, epochs=2, optimizer=optimizer, callbacks=[seen])
+    assert max(one for one, _ in seen.rates) == pytest.approx(0.1, rel=0.05)
+    assert max(other for _, other in seen.rates) == pytest.approx(0.001, rel=0.05)
+
+
+class Rates(L.Callback):
+    """The learning rates of the parameter groups, step by step."""
+
+    def __init__(self):
+        self.rates = []
+
+    def on_train_batch_end(self, trainer, module, *_):
+        self.rates.append([group["lr"] for group in trainer.optimizers[0].param_groups])
+
+
+@pytest.mark.parametrize(("given", "message"), [
+    ({"weight_decay": 0.9}, "weight_decay=0.9"), ({"lr": 5.0, "schedule": "constant"}, "lr=5")])
+def test_what_a_function_for_the_optimizer_would_not_take_is_refused(small, net, given, message):
+    with pytest.raises(ValueError, match=message):
+        fit(net, small, epochs=1, optimizer=lambda one: torch.optim.SGD(one.parameters(), 0.1), **given)
+
+
+def test_a_checkpoint_for_an_optimizer_that_keeps_its_state_elsewhere_is_refused(small, net, tmp_path):
+    with pytest.raises(ValueError, match="NaturalGradient does not keep"):
+        fit(net, small, epochs=1, optimizer=NaturalGradient, checkpoint=tmp_path / "run")
+    assert list(tmp_path.iterdir()) == []

@@ -444,3 +444,46 @@ def test_pruning_goes_on_at_the_share_that_is_gone_and_reaches_its_share_in_few_
     few = ImageData(limit=120, batch_size=32)
     short, _ = fit(net, few, epochs=1, callbacks=[weights.Pruning(0.5, start=0.5, end=0.6)])
     assert abs(weights.summary(short).share.iloc[-1] - 0.5) < 1e-3
+
+
+class Shared(nn.Module):
+    """Two layers with one weight."""
+
+    def __init__(self):
+        super().__init__()
+        self.flat, self.a, self.b, self.out = nn.Flatten(), nn.Linear(64, 64), nn.Linear(64, 64), nn.Linear(64, 10)
+        self.b.weight = self.a.weight
+
+    def forward(self, x):
+        return self.out(self.b(self.a(self.flat(x)).relu()).relu())
+
+
+def test_a_weight_of_two_layers_is_refused_for_a_mask_would_hold_in_one_alone(data):
+    net = Shared()
+    with pytest.raises(ValueError, match=r"a.weight and b.weight are one weight"):
+        weights.prune(net, weights.score(net, data, "magnitude"), 0.5)
+    with pytest.raises(ValueError, match=r"a.weight and b.weight are one weight"):
+        fit(net, data, epochs=1, callbacks=[weights.Pruning(0.5)])
+
+
+def test_layers_that_never_run_and_frozen_ones_may_stand_beside_dead_ends():
+    net = nn.Sequential(nn.Flatten(), nn.Linear(4, 3), nn.ReLU(), nn.Linear(3, 2))
+    net[1].requires_grad_(False)
+    net.idle = nn.Linear(3, 3)
+    with torch.no_grad():
+        net[3].weight[:, 0] = 0
+        found = weights.without_dead_ends(Running(net), (1, 2, 2))
+    assert not found.net[1].weight[0].any()
+    assert found.net[1].weight[1:].all()
+    assert not found.net.idle.weight.any()
+
+
+class Running(nn.Module):
+    """The first four layers of a sequence."""
+
+    def __init__(self, net):
+        super().__init__()
+        self.net = net
+
+    def forward(self, x):
+        return self.net[3](self.net[2](self.net[1](self.net[0](x))))

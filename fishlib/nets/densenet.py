@@ -116,8 +116,9 @@ def _narrow(norm: nn.BatchNorm2d, reader: nn.Conv2d | nn.Linear, stays: Tensor, 
     constant = reader.weight.flatten(1)[:, gone] @ zeros[gone]
     norm.running_mean = (norm.running_mean - shift)[stays]
     norm.running_var = norm.running_var[stays]
-    norm.weight, norm.bias = nn.Parameter(norm.weight[stays]), nn.Parameter(norm.bias[stays])
-    reader.weight = nn.Parameter(reader.weight[:, stays])
+    for module, name, kept in ((norm, "weight", norm.weight[stays]), (norm, "bias", norm.bias[stays]),
+                               (reader, "weight", reader.weight[:, stays])):
+        setattr(module, name, nn.Parameter(kept, getattr(module, name).requires_grad))
     norm.num_features = int(stays.sum())
     setattr(reader, "in_channels" if isinstance(reader, nn.Conv2d) else "in_features", norm.num_features)
     return constant
