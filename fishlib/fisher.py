@@ -331,8 +331,8 @@ def diagonal(net: nn.Module, batches: Batches, kind: str = "exact", samples: int
     Raises
     ------
     ValueError
-        BatchNorm or Dropout in training mode, outputs that are NaN or no logits, labels out of range, no images, gradient
-        checkpointing inside the network
+        BatchNorm, Dropout or other randomness in training mode, outputs that are NaN or no logits, labels out of range, no
+        images, gradient checkpointing inside the network
 
     Examples
     --------
@@ -402,8 +402,9 @@ def trace_estimate(net: nn.Module, batches: Batches, samples: int = 1, generator
     layers = _layers(wanted)
     rows, weights, count = [], [], 0
     for images, _ in stream(batches):
-        with asking(wanted.values()), torch.enable_grad(), Checks(net):
-            outputs = logits(net(images), len(images))
+        with asking(wanted.values()), torch.enable_grad():
+            with Checks(net):
+                outputs = logits(net(images), len(images))
             columns = kind.columns(outputs, None) * math.sqrt(samples)
             for k in range(samples):
                 g = torch.autograd.grad(outputs, list(wanted.values()), columns[:, k], retain_graph=k < samples - 1,

@@ -663,6 +663,84 @@ def test_nothing_of_the_caller_changes(name, call):
     assert torch.is_grad_enabled()
 
 
+class Attention(nn.Module):
+    def __init__(self, weights):
+        super().__init__()
+        self.attention, self.out, self.weights = nn.MultiheadAttention(8, 2, 0.5, batch_first=True), nn.Linear(8, 3), weights
+
+    def forward(self, x):
+        return self.out(self.attention(x, x, x, need_weights=self.weights)[0].mean(1))
+
+
+class FusedAttention(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.query, self.out = nn.Linear(8, 8), nn.Linear(8, 3)
+
+    def forward(self, x):
+        q = self.query(x)
+        return self.out(F.scaled_dot_product_attention(q, q, q, dropout_p=0.5 if self.training else 0.0).mean(1))
+
+
+class Deep(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.layers, self.out = nn.LSTM(8, 6, 2, dropout=0.5, batch_first=True), nn.Linear(6, 3)
+
+    def forward(self, x):
+        return self.out(self.layers(x)[0][:, -1])
+
+
+class Skipping(nn.Module):
+    """Stochastic depth."""
+
+    def __init__(self):
+        super().__init__()
+        self.branch, self.out = nn.Linear(8, 8), nn.Linear(8, 3)
+
+    def forward(self, x):
+        x = x.mean(1)
+        kept = torch.empty(len(x), 1).bernoulli_(0.5) if self.training else 0.5
+        return self.out(x + kept * self.branch(x))
+
+
+RANDOM = {
+    "attention": lambda: Attention(True),
+    "attention without weights": lambda: Attention(False),
+    "fused attention": FusedAttention,
+    "LSTM": Deep,
+    "RReLU": lambda: nn.Sequential(nn.Flatten(), nn.RReLU(), nn.Linear(40, 3)),
+    "stochastic depth": Skipping,
+}
+
+
+@pytest.mark.filterwarnings("ignore:There is a performance drop")
+@pytest.mark.parametrize("call", [
+    lambda net, x: fisher.diagonal(net, x),
+    lambda net, x: fisher.trace(net, x, "sampled"),
+    lambda net, x: fisher.trace_estimate(net, x),
+    lambda net, x: fisher.quadratic(net, x, random_direction(net)),
+    lambda net, x: fisher.natural_gradient(net, x, random_direction(net), method="kfac"),
+    lambda net, x: fisher.kl(net, net, x),
+])
+@pytest.mark.parametrize("name", RANDOM)
+def test_random_predictions_are_refused_and_the_random_state_stays(name, call):
+    net, images = RANDOM[name](), torch.randn(6, 5, 8)
+    state = torch.get_rng_state()
+    with pytest.raises(ValueError, match=r"net\.eval"):
+        call(net.train(), images)
+    assert torch.equal(state, torch.get_rng_state())
+    call(net.eval(), images)
+
+
+def test_labels_may_be_drawn_from_the_global_generator():
+    net, images = nn.Linear(8, 3), torch.randn(6, 8)
+    state = torch.get_rng_state()
+    for call in (fisher.trace_estimate, lambda *args, **options: fisher.trace(*args, "sampled", **options)):
+        call(net, images, generator=torch.default_generator)
+        assert not torch.equal(state, torch.get_rng_state())
+
+
 def test_gradients_may_be_switched_off_around_the_call():
     net, images, labels = build("lenet")
     expected = fisher.diagonal(net, (images, labels))
