@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 from torch.nn import functional as F
+from torch.nn.utils import parametrize
 from torch.utils.checkpoint import checkpoint
 
 from fishlib import fisher, natural_gradient, nets, per_sample
@@ -895,6 +896,36 @@ def test_a_network_that_is_a_single_layer_gets_its_block():
     (block,) = optimizer.blocks.values()
     rows = torch.cat([images, torch.ones(len(images), 1)], 1)
     assert torch.allclose(block.a, rows.T @ rows / len(images), atol=1e-5)
+
+
+@pytest.mark.parametrize("role", ["weight", "bias"])
+def test_a_parametrized_layer_takes_the_diagonal(role):
+    images, labels, net = badly_scaled()
+    parametrize.register_parametrization(net[0], role, nn.Identity())
+    optimizer = fisher.NaturalGradient(net, every=1, max_kl=None)
+    train(net, images, labels, optimizer, 10)
+    assert list(optimizer.blocks) == [id(net[2].weight)]
+    layer = list(net[0].parameters())
+    assert set(optimizer.squares) == {id(p) for p in layer}
+    directions = optimizer._directions(layer, 0.1)
+    assert all(torch.equal(directions[id(p)], p.grad / (optimizer.squares[id(p)] + 0.1)) for p in layer)
+
+
+def test_passes_at_other_weights_are_no_passes_of_training():
+    images, labels, net = badly_scaled()
+    optimizer = fisher.NaturalGradient(net, every=1, generator=torch.Generator().manual_seed(0))
+    train(net, images, labels, optimizer, 2)
+    passes, before = optimizer.passes, {key: (block.a.clone(), block.s.clone()) for key, block in optimizer.blocks.items()}
+    for names in (["0.weight"], ["0.weight", "0.bias", "2.weight", "2.bias"]):
+        for moved in (lambda p: p + 0.1, lambda p: p.detach() + 0.1):
+            per_sample.outputs_at(net, {name: moved(net.get_parameter(name)) for name in names}, images)
+    assert optimizer.passes == passes
+    assert optimizer.blocks.keys() == before.keys()
+    for key, block in optimizer.blocks.items():
+        assert torch.equal(block.a, before[key][0])
+        assert torch.equal(block.s, before[key][1])
+    net.append(nn.Linear(3, 3))(images)  # a layer that another optimizer may train
+    assert optimizer.passes == passes + 1
 
 
 def test_hooks_of_the_optimizer_are_empty_in_copies_and_vanish_with_it():
