@@ -303,6 +303,15 @@ def all_mean(means: dict[str, Tensor], count: int) -> dict[str, Tensor]:
     return {name: value.div_(total) for name, value in means.items()}
 
 
+def _summed_as(p: Tensor) -> torch.dtype:
+    """At least single precision: in bfloat16 a sum over many batches stops growing."""
+    return torch.promote_types(p.dtype, torch.float32)
+
+
+def _zeros(wanted: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {name: torch.zeros_like(p, dtype=_summed_as(p), requires_grad=False) for name, p in wanted.items()}
+
+
 # What the book calls ---------------------------------------------------------------------------------------------------------
 
 def diagonal(net: nn.Module, batches: Batches, kind: str = "exact", samples: int = 1,
@@ -347,8 +356,10 @@ def diagonal(net: nn.Module, batches: Batches, kind: str = "exact", samples: int
         found = _reduce(net, images, labels, wanted, kind, "squares")
         count += len(images)
         for name, value in found.items():
+            value = value.to(_summed_as(wanted[name]))
             mean[name] = mean[name].lerp_(value, len(images) / count) if name in mean else value
-    return all_mean(mean or {name: torch.zeros_like(p, requires_grad=False) for name, p in wanted.items()}, count)
+    mean = all_mean(mean or _zeros(wanted), count)
+    return {name: value.to(wanted[name].dtype) for name, value in mean.items()}
 
 
 @dataclass(frozen=True)
@@ -466,7 +477,7 @@ def vector_product(net: nn.Module, batches: Batches, vector: dict[str, Tensor], 
     has its names and shapes.
     """
     wanted, kind = _changed(net, vector), _kind(kind, samples, generator, likelihood)
-    total, count = {name: torch.zeros_like(p, requires_grad=False) for name, p in wanted.items()}, 0
+    total, count = _zeros(wanted), 0
     for images, labels in stream(batches):
         outputs, tangent, values = _linearised(net, images, wanted, vector)
         columns = kind.columns(outputs, labels)
@@ -476,7 +487,7 @@ def vector_product(net: nn.Module, batches: Batches, vector: dict[str, Tensor], 
             total[name] += g.detach()
         count += len(images)
     count = all_sum(total.values(), count)
-    return {name: value.div_(count) for name, value in total.items()}
+    return {name: value.div_(count).to(wanted[name].dtype) for name, value in total.items()}
 
 
 def _changed(net: nn.Module, direction: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -230,6 +230,19 @@ def test_batches_of_any_size_give_the_same_mean():
     assert relative_error(fisher.diagonal(net, [images[:5], images[5:]]), whole) < 1e-12
 
 
+@pytest.mark.parametrize("call", [
+    fisher.diagonal, lambda net, batches: fisher.vector_product(net, batches, {"weight": torch.tensor([[1.0], [0.0]])})])
+def test_means_over_many_batches_in_half_precision_do_not_stop_growing(call):
+    net = nn.Linear(1, 2)
+    for p in net.parameters():
+        nn.init.zeros_(p)
+    batches = [torch.full((1, 1), 1.0)] * 60 + [torch.full((1, 1), 3.0)] * 540
+    expected = call(net, batches)
+    found = call(copy.deepcopy(net).bfloat16(), [images.bfloat16() for images in batches])
+    assert {value.dtype for value in found.values()} == {torch.bfloat16}
+    assert relative_error(found, expected) < 0.01
+
+
 @pytest.mark.parametrize("large", [0, 1 << 18])
 def test_columns_that_do_not_fit_together_are_done_in_parts(monkeypatch, large):
     net, images, labels = build("lenet", 7)
