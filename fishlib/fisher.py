@@ -29,6 +29,7 @@ from fishlib.per_sample import (
     Checks,
     Recorder,
     asking,
+    buffers_kept,
     checkpoints_refused,
     logits,
     outputs_at,
@@ -413,7 +414,7 @@ def trace_estimate(net: nn.Module, batches: Batches, samples: int = 1, generator
     layers = _layers(wanted)
     rows, weights, count = [], [], 0
     for images, _ in stream(batches):
-        with asking(wanted.values()), torch.enable_grad():
+        with asking(wanted.values()), torch.enable_grad(), buffers_kept(net):  # for checkpoints, which run again
             with Checks(net):
                 outputs = logits(net(images), len(images))
             columns = kind.columns(outputs, None) * math.sqrt(samples)

@@ -302,6 +302,7 @@ class Checks(TorchFunctionMode):
 
     def __enter__(self):
         self.around = ExitStack()
+        self.around.enter_context(buffers_kept(self.net))
         self.around.enter_context(_randomness_refused(self.net))
         return super().__enter__()
 
@@ -322,6 +323,21 @@ class Checks(TorchFunctionMode):
             rate = args[1] if len(args) > 1 else kwargs.get("p", 0.5)
             if rate and (args[2] if len(args) > 2 else kwargs.get("training", True)):
                 raise ValueError("Dropout in training mode: predictions are random; call net.eval() first")
+
+
+@contextmanager
+def buffers_kept(net: nn.Module) -> Iterator[None]:
+    """Within, the network works on copies of its buffers, which running statistics and power iterations change."""
+    # Copies go in and not values back: a graph may hold the tensor, and a network may put another in its place.
+    kept = [(module._buffers, name, b) for module in net.modules() for name, b in module._buffers.items() if b is not None]
+    copies = {id(b): b.clone() for _, _, b in kept}  # a shared buffer stays shared
+    try:
+        for buffers, name, b in kept:
+            buffers[name] = copies[id(b)]
+        yield
+    finally:
+        for buffers, name, b in kept:
+            buffers[name] = b
 
 
 @contextmanager
@@ -563,14 +579,16 @@ def _vmapped(net: nn.Module, images: Tensor, columns: Tensor, wanted: dict[str, 
         _, pull = torch.func.vjp(lambda values: outputs_at(net, values, image[None])[0], detached)
         return torch.vmap(pull)(column)[0]
 
-    return torch.vmap(one)(images, columns)
+    with buffers_kept(net):
+        return torch.vmap(one)(images, columns)
 
 
 def _looped(net: nn.Module, images: Tensor, columns: Tensor, wanted: dict[str, Tensor]) -> dict[str, Tensor]:
     found: dict[str, list[Tensor]] = {name: [] for name in wanted}
     with asking(wanted.values()), torch.enable_grad():
         for image, column in zip(images, columns, strict=True):
-            output = net(image[None])[0]
+            with buffers_kept(net):
+                output = net(image[None])[0]
             for c in column:
                 gradients = torch.autograd.grad(output, list(wanted.values()), c, retain_graph=True, allow_unused=True,
                                                 materialize_grads=True)

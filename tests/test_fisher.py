@@ -3,6 +3,7 @@
 import copy
 import gc
 import math
+from contextlib import nullcontext, suppress
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from hypothesis import strategies as st
 from torch import nn
 from torch.nn import functional as F
 from torch.nn.utils import parametrize
+from torch.nn.utils.parametrizations import spectral_norm
 from torch.utils.checkpoint import checkpoint
 
 from fishlib import fisher, natural_gradient, nets, per_sample
@@ -621,9 +623,9 @@ def test_bad_arguments_are_refused_by_name():
 
 
 class Checkpointed(nn.Module):
-    def __init__(self):
+    def __init__(self, inner):
         super().__init__()
-        self.inner, self.out = nn.Linear(4, 4), nn.Linear(4, 3)
+        self.inner, self.out = inner, nn.Linear(inner.out_features, 3)
 
     def forward(self, x):
         return self.out(checkpoint(lambda z: torch.tanh(self.inner(z)), x, use_reentrant=False))
@@ -634,7 +636,7 @@ class Checkpointed(nn.Module):
     for call in (fisher.quadratic, fisher.vector_product, fisher.natural_gradient)]])
 def test_gradient_checkpointing_is_refused_where_gradients_would_be_wrong(call):
     with pytest.raises(ValueError, match="turn gradient checkpointing off"):
-        call(Checkpointed(), torch.randn(5, 4))
+        call(Checkpointed(nn.Linear(4, 4)), torch.randn(5, 4))
 
 
 def test_hooks_around_the_call_are_no_checkpoints_of_the_network():
@@ -644,7 +646,20 @@ def test_hooks_around_the_call_are_no_checkpoints_of_the_network():
         assert relative_error(fisher.diagonal(net, (images, labels)), expected) == 0
 
 
-@pytest.mark.parametrize("call", [
+class Moving(nn.Module):
+    """Puts a new tensor into the place of a buffer at each pass."""
+
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("mean", torch.zeros(6))
+        self.out = nn.Linear(6, 3)
+
+    def forward(self, x):
+        self.mean = 0.9 * self.mean + 0.1 * x.detach().mean(0)
+        return self.out(x - self.mean)
+
+
+CALLS = [
     lambda net, x, y: fisher.diagonal(net, (x, y)),
     lambda net, x, y: fisher.diagonal(net, (x, y), "sampled"),
     lambda net, x, y: fisher.diagonal(net, (x, y), "empirical"),
@@ -654,7 +669,50 @@ def test_hooks_around_the_call_are_no_checkpoints_of_the_network():
     lambda net, x, y: fisher.vector_product(net, (x, y), random_direction(net)),
     lambda net, x, y: fisher.natural_gradient(net, (x, y), random_direction(net), method="kfac"),
     lambda net, x, y: fisher.kl(net, net, x),
-])
+]
+CHANGING = {
+    "instance norm": lambda: nn.Sequential(
+        nn.Unflatten(1, (2, 3)), nn.InstanceNorm1d(2, affine=True, track_running_stats=True), nn.Flatten(), nn.Linear(6, 3)),
+    "spectral norm": lambda: nn.Sequential(spectral_norm(nn.Linear(6, 5)), nn.ReLU(), nn.Linear(5, 3)),
+    "checkpoint": lambda: Checkpointed(spectral_norm(nn.Linear(6, 6))),
+    "other tensor": Moving,
+}
+
+
+@pytest.mark.filterwarnings("ignore:There is a performance drop")
+@pytest.mark.parametrize("call", CALLS)
+@pytest.mark.parametrize("name", CHANGING)
+def test_buffers_that_change_in_training_stay(name, call):
+    torch.manual_seed(0)
+    net = CHANGING[name]().train()
+    buffers, before = dict(net.named_buffers()), copy.deepcopy(net.state_dict())
+    with suppress(ValueError) if name == "checkpoint" else nullcontext():  # most calls refuse it
+        call(net, torch.randn(7, 6), torch.randint(3, (7,)))
+    assert all(buffer is buffers[key] for key, buffer in net.named_buffers())
+    assert all(torch.equal(value, before[key]) for key, value in net.state_dict().items())
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit")
+def test_a_scripted_network_is_one_like_others():
+    net, images, labels = CHANGING["instance norm"]().eval(), torch.randn(7, 6), torch.randint(3, (7,))
+    scripted = torch.jit.script(net)
+    assert fisher.kl(scripted, net, images) == pytest.approx(0, abs=1e-12)
+    found = fisher.diagonal(scripted, (images, labels), "empirical")
+    assert relative_error(found, fisher.diagonal(net, (images, labels), "empirical")) < 1e-5
+
+
+def test_every_sample_sees_the_buffers_as_they_were_given():
+    torch.manual_seed(0)
+    net, images, labels = CHANGING["spectral norm"]().double(), torch.randn(7, 6).double(), torch.randint(3, (7,))
+    expected = {name: 0.0 for name, _ in net.named_parameters()}
+    for image, label in zip(images, labels, strict=True):
+        twin = copy.deepcopy(net)
+        F.cross_entropy(twin(image[None]), label[None]).backward()
+        expected = {name: expected[name] + p.grad.square() / 7 for name, p in twin.named_parameters()}
+    assert relative_error(fisher.diagonal(net, (images, labels), "empirical"), expected) < 1e-12
+
+
+@pytest.mark.parametrize("call", CALLS)
 @pytest.mark.parametrize("name", ["batchnorm", "functional"])
 def test_nothing_of_the_caller_changes(name, call):
     net, images, labels = build(name)
