@@ -29,6 +29,7 @@ from fishlib.per_sample import (
     Checks,
     Recorder,
     asking,
+    buffers_kept,
     checkpoints_refused,
     logits,
     outputs_at,
@@ -303,6 +304,15 @@ def all_mean(means: dict[str, Tensor], count: int) -> dict[str, Tensor]:
     return {name: value.div_(total) for name, value in means.items()}
 
 
+def _summed_as(p: Tensor) -> torch.dtype:
+    """At least single precision: in bfloat16 a sum over many batches stops growing."""
+    return torch.promote_types(p.dtype, torch.float32)
+
+
+def _zeros(wanted: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {name: torch.zeros_like(p, dtype=_summed_as(p), requires_grad=False) for name, p in wanted.items()}
+
+
 # What the book calls ---------------------------------------------------------------------------------------------------------
 
 def diagonal(net: nn.Module, batches: Batches, kind: str = "exact", samples: int = 1,
@@ -331,8 +341,8 @@ def diagonal(net: nn.Module, batches: Batches, kind: str = "exact", samples: int
     Raises
     ------
     ValueError
-        BatchNorm or Dropout in training mode, outputs that are NaN or no logits, labels out of range, no images, gradient
-        checkpointing inside the network
+        BatchNorm, Dropout or other randomness in training mode, outputs that are NaN or no logits, labels out of range, no
+        images, gradient checkpointing inside the network
 
     Examples
     --------
@@ -347,8 +357,10 @@ def diagonal(net: nn.Module, batches: Batches, kind: str = "exact", samples: int
         found = _reduce(net, images, labels, wanted, kind, "squares")
         count += len(images)
         for name, value in found.items():
+            value = value.to(_summed_as(wanted[name]))
             mean[name] = mean[name].lerp_(value, len(images) / count) if name in mean else value
-    return all_mean(mean or {name: torch.zeros_like(p, requires_grad=False) for name, p in wanted.items()}, count)
+    mean = all_mean(mean or _zeros(wanted), count)
+    return {name: value.to(wanted[name].dtype) for name, value in mean.items()}
 
 
 @dataclass(frozen=True)
@@ -402,8 +414,9 @@ def trace_estimate(net: nn.Module, batches: Batches, samples: int = 1, generator
     layers = _layers(wanted)
     rows, weights, count = [], [], 0
     for images, _ in stream(batches):
-        with asking(wanted.values()), torch.enable_grad(), Checks(net):
-            outputs = logits(net(images), len(images))
+        with asking(wanted.values()), torch.enable_grad(), buffers_kept(net):  # for checkpoints, which run again
+            with Checks(net):
+                outputs = logits(net(images), len(images))
             columns = kind.columns(outputs, None) * math.sqrt(samples)
             for k in range(samples):
                 g = torch.autograd.grad(outputs, list(wanted.values()), columns[:, k], retain_graph=k < samples - 1,
@@ -465,7 +478,7 @@ def vector_product(net: nn.Module, batches: Batches, vector: dict[str, Tensor], 
     has its names and shapes.
     """
     wanted, kind = _changed(net, vector), _kind(kind, samples, generator, likelihood)
-    total, count = {name: torch.zeros_like(p, requires_grad=False) for name, p in wanted.items()}, 0
+    total, count = _zeros(wanted), 0
     for images, labels in stream(batches):
         outputs, tangent, values = _linearised(net, images, wanted, vector)
         columns = kind.columns(outputs, labels)
@@ -475,7 +488,7 @@ def vector_product(net: nn.Module, batches: Batches, vector: dict[str, Tensor], 
             total[name] += g.detach()
         count += len(images)
     count = all_sum(total.values(), count)
-    return {name: value.div_(count) for name, value in total.items()}
+    return {name: value.div_(count).to(wanted[name].dtype) for name, value in total.items()}
 
 
 def _changed(net: nn.Module, direction: dict[str, Tensor]) -> dict[str, Tensor]:

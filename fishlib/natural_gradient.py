@@ -209,11 +209,12 @@ class NaturalGradient(torch.optim.Optimizer):
 
     Trains like any optimizer: ``loss.backward(); optimizer.step()`` with a loss averaged over the batch. Hooks on the network
     see each forward pass in training; on every `every`-th one, labels are drawn from the prediction and one more backward pass
-    updates the moving averages of the factors (sampled Fisher information, mean over images). Linear and Conv2d modules
-    used once a pass get blocks; every other parameter the diagonal, from the squared batch gradient of the drawn labels over
-    the batch size. A step is shortened where 1/2 (lr / (1 - momentum))^2 d^T (F + damping I) d exceeds `max_kl`, d the
-    preconditioned gradient and F that of the blocks: to second order, as far as the blocks stand for F and earlier steps were
-    like this one, a bound on the KL that it causes with its momentum.
+    updates the moving averages of the factors (sampled Fisher information, mean over images). Passes with other tensors in
+    the parameters' place, such as those of a penalty at perturbed weights, do not count. Linear and Conv2d modules used once a
+    pass and not parametrized get blocks; every other parameter the diagonal, from the squared batch gradient of the drawn
+    labels over the batch size. A step is shortened where 1/2 (lr / (1 - momentum))^2 d^T (F + damping I) d exceeds `max_kl`, d
+    the preconditioned gradient and F that of the blocks: to second order, as far as the blocks stand for F and earlier steps
+    were like this one, a bound on the KL that it causes with its momentum.
 
     The hooks hold no reference to the optimizer: they vanish with it, at `remove()`, and in copies and files of the network.
 
@@ -263,13 +264,18 @@ class NaturalGradient(torch.optim.Optimizer):
         """Take the hooks off the network; the factors are updated no more."""
         _remove(self._handles)
 
+    def _own(self) -> set[int]:
+        return {id(p) for group in self.param_groups for p in group["params"]}
+
     def _begin(self, net: nn.Module, inputs: tuple) -> None:
-        due = net.training and torch.is_grad_enabled()
+        due = net.training and torch.is_grad_enabled() and self._own() <= {id(p) for p in net.parameters()}
         self._uses = [] if due and self.passes % self.every == 0 else None
         self.passes += due
 
     def _note(self, module: nn.Module, inputs: tuple, output: Tensor) -> None:
-        if self._uses is not None and output.requires_grad:
+        # A parametrized layer computes its weight anew for each use: no tensor that a block could be known by.
+        plain = {"weight", "bias"} <= module._parameters.keys()
+        if self._uses is not None and output.requires_grad and plain and id(module.weight) in self._own():
             self._uses.append((_rule(module, inputs[0].detach()), torch.autograd.graph.get_gradient_edge(output)))
 
     def _end(self, net: nn.Module, inputs: tuple, outputs: Tensor) -> None:

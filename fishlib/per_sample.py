@@ -20,6 +20,8 @@ from torch.overrides import TorchFunctionMode
 
 BATCHNORM = ("BatchNorm in training mode ({}): its outputs depend on the whole batch, so no sample has a gradient of its own; "
              "call net.eval() first, and keep its running statistics")
+RANDOM = ("the network draws random numbers in its forward pass (dropout in attention or in an LSTM, stochastic depth, RReLU): "
+          "its predictions are random; call net.eval() first")
 CHECKPOINTED = ("gradient checkpointing (torch.utils.checkpoint) inside the network computes activations again in the backward "
                 "pass, when the network no longer runs as it did for this call: turn gradient checkpointing off")
 CHUNK = 1 << 20  # elements of per-sample gradients held at a time: what a cache holds runs faster than a whole batch
@@ -298,6 +300,16 @@ class Checks(TorchFunctionMode):
             if module.training and isinstance(module, nn.modules.batchnorm._BatchNorm):
                 raise ValueError(BATCHNORM.format(name or "the network"))
 
+    def __enter__(self):
+        self.around = ExitStack()
+        self.around.enter_context(buffers_kept(self.net))
+        self.around.enter_context(_randomness_refused(self.net))
+        return super().__enter__()
+
+    def __exit__(self, *error):
+        super().__exit__(*error)
+        self.around.__exit__(*error)
+
     def __torch_function__(self, func, types, args=(), kwargs=None):
         self.refuse(func, args, kwargs or {})
         return func(*args, **(kwargs or {}))
@@ -311,6 +323,37 @@ class Checks(TorchFunctionMode):
             rate = args[1] if len(args) > 1 else kwargs.get("p", 0.5)
             if rate and (args[2] if len(args) > 2 else kwargs.get("training", True)):
                 raise ValueError("Dropout in training mode: predictions are random; call net.eval() first")
+
+
+@contextmanager
+def buffers_kept(net: nn.Module) -> Iterator[None]:
+    """Within, the network works on copies of its buffers, which running statistics and power iterations change."""
+    # Copies go in and not values back: a graph may hold the tensor, and a network may put another in its place.
+    kept = [(module._buffers, name, b) for module in net.modules() for name, b in module._buffers.items() if b is not None]
+    copies = {id(b): b.clone() for _, _, b in kept}  # a shared buffer stays shared
+    try:
+        for buffers, name, b in kept:
+            buffers[name] = copies[id(b)]
+        yield
+    finally:
+        for buffers, name, b in kept:
+            buffers[name] = b
+
+
+@contextmanager
+def _randomness_refused(net: nn.Module) -> Iterator[None]:
+    """By the state of the global generators, for layers draw in many ways; that state is put back."""
+    on_gpu = {p.device.index for p in net.parameters() if p.is_cuda}
+    generators = [torch.default_generator, *(torch.cuda.default_generators[index] for index in on_gpu)]
+    states = [generator.get_state() for generator in generators]
+    try:
+        yield
+    finally:
+        drawn = [not torch.equal(state, generator.get_state()) for generator, state in zip(generators, states, strict=True)]
+        for generator, state in zip(generators, states, strict=True):
+            generator.set_state(state)
+    if any(drawn):
+        raise ValueError(RANDOM)
 
 
 class _Root(torch.autograd.Function):
@@ -536,14 +579,16 @@ def _vmapped(net: nn.Module, images: Tensor, columns: Tensor, wanted: dict[str, 
         _, pull = torch.func.vjp(lambda values: outputs_at(net, values, image[None])[0], detached)
         return torch.vmap(pull)(column)[0]
 
-    return torch.vmap(one)(images, columns)
+    with buffers_kept(net):
+        return torch.vmap(one)(images, columns)
 
 
 def _looped(net: nn.Module, images: Tensor, columns: Tensor, wanted: dict[str, Tensor]) -> dict[str, Tensor]:
     found: dict[str, list[Tensor]] = {name: [] for name in wanted}
     with asking(wanted.values()), torch.enable_grad():
         for image, column in zip(images, columns, strict=True):
-            output = net(image[None])[0]
+            with buffers_kept(net):
+                output = net(image[None])[0]
             for c in column:
                 gradients = torch.autograd.grad(output, list(wanted.values()), c, retain_graph=True, allow_unused=True,
                                                 materialize_grads=True)

@@ -3,6 +3,7 @@
 import copy
 import gc
 import math
+from contextlib import nullcontext, suppress
 
 import pytest
 import torch
@@ -10,6 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 from torch.nn import functional as F
+from torch.nn.utils import parametrize
+from torch.nn.utils.parametrizations import spectral_norm
 from torch.utils.checkpoint import checkpoint
 
 from fishlib import fisher, natural_gradient, nets, per_sample
@@ -227,6 +230,19 @@ def test_batches_of_any_size_give_the_same_mean():
     assert relative_error(fisher.diagonal(net, images), whole) < 1e-12
     assert relative_error(fisher.diagonal(net, [images, labels]), whole) < 1e-12
     assert relative_error(fisher.diagonal(net, [images[:5], images[5:]]), whole) < 1e-12
+
+
+@pytest.mark.parametrize("call", [
+    fisher.diagonal, lambda net, batches: fisher.vector_product(net, batches, {"weight": torch.tensor([[1.0], [0.0]])})])
+def test_means_over_many_batches_in_half_precision_do_not_stop_growing(call):
+    net = nn.Linear(1, 2)
+    for p in net.parameters():
+        nn.init.zeros_(p)
+    batches = [torch.full((1, 1), 1.0)] * 60 + [torch.full((1, 1), 3.0)] * 540
+    expected = call(net, batches)
+    found = call(copy.deepcopy(net).bfloat16(), [images.bfloat16() for images in batches])
+    assert {value.dtype for value in found.values()} == {torch.bfloat16}
+    assert relative_error(found, expected) < 0.01
 
 
 @pytest.mark.parametrize("large", [0, 1 << 18])
@@ -607,9 +623,9 @@ def test_bad_arguments_are_refused_by_name():
 
 
 class Checkpointed(nn.Module):
-    def __init__(self):
+    def __init__(self, inner):
         super().__init__()
-        self.inner, self.out = nn.Linear(4, 4), nn.Linear(4, 3)
+        self.inner, self.out = inner, nn.Linear(inner.out_features, 3)
 
     def forward(self, x):
         return self.out(checkpoint(lambda z: torch.tanh(self.inner(z)), x, use_reentrant=False))
@@ -620,7 +636,7 @@ class Checkpointed(nn.Module):
     for call in (fisher.quadratic, fisher.vector_product, fisher.natural_gradient)]])
 def test_gradient_checkpointing_is_refused_where_gradients_would_be_wrong(call):
     with pytest.raises(ValueError, match="turn gradient checkpointing off"):
-        call(Checkpointed(), torch.randn(5, 4))
+        call(Checkpointed(nn.Linear(4, 4)), torch.randn(5, 4))
 
 
 def test_hooks_around_the_call_are_no_checkpoints_of_the_network():
@@ -630,7 +646,20 @@ def test_hooks_around_the_call_are_no_checkpoints_of_the_network():
         assert relative_error(fisher.diagonal(net, (images, labels)), expected) == 0
 
 
-@pytest.mark.parametrize("call", [
+class Moving(nn.Module):
+    """Puts a new tensor into the place of a buffer at each pass."""
+
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("mean", torch.zeros(6))
+        self.out = nn.Linear(6, 3)
+
+    def forward(self, x):
+        self.mean = 0.9 * self.mean + 0.1 * x.detach().mean(0)
+        return self.out(x - self.mean)
+
+
+CALLS = [
     lambda net, x, y: fisher.diagonal(net, (x, y)),
     lambda net, x, y: fisher.diagonal(net, (x, y), "sampled"),
     lambda net, x, y: fisher.diagonal(net, (x, y), "empirical"),
@@ -640,7 +669,50 @@ def test_hooks_around_the_call_are_no_checkpoints_of_the_network():
     lambda net, x, y: fisher.vector_product(net, (x, y), random_direction(net)),
     lambda net, x, y: fisher.natural_gradient(net, (x, y), random_direction(net), method="kfac"),
     lambda net, x, y: fisher.kl(net, net, x),
-])
+]
+CHANGING = {
+    "instance norm": lambda: nn.Sequential(
+        nn.Unflatten(1, (2, 3)), nn.InstanceNorm1d(2, affine=True, track_running_stats=True), nn.Flatten(), nn.Linear(6, 3)),
+    "spectral norm": lambda: nn.Sequential(spectral_norm(nn.Linear(6, 5)), nn.ReLU(), nn.Linear(5, 3)),
+    "checkpoint": lambda: Checkpointed(spectral_norm(nn.Linear(6, 6))),
+    "other tensor": Moving,
+}
+
+
+@pytest.mark.filterwarnings("ignore:There is a performance drop")
+@pytest.mark.parametrize("call", CALLS)
+@pytest.mark.parametrize("name", CHANGING)
+def test_buffers_that_change_in_training_stay(name, call):
+    torch.manual_seed(0)
+    net = CHANGING[name]().train()
+    buffers, before = dict(net.named_buffers()), copy.deepcopy(net.state_dict())
+    with suppress(ValueError) if name == "checkpoint" else nullcontext():  # most calls refuse it
+        call(net, torch.randn(7, 6), torch.randint(3, (7,)))
+    assert all(buffer is buffers[key] for key, buffer in net.named_buffers())
+    assert all(torch.equal(value, before[key]) for key, value in net.state_dict().items())
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit")
+def test_a_scripted_network_is_one_like_others():
+    net, images, labels = CHANGING["instance norm"]().eval(), torch.randn(7, 6), torch.randint(3, (7,))
+    scripted = torch.jit.script(net)
+    assert fisher.kl(scripted, net, images) == pytest.approx(0, abs=1e-12)
+    found = fisher.diagonal(scripted, (images, labels), "empirical")
+    assert relative_error(found, fisher.diagonal(net, (images, labels), "empirical")) < 1e-5
+
+
+def test_every_sample_sees_the_buffers_as_they_were_given():
+    torch.manual_seed(0)
+    net, images, labels = CHANGING["spectral norm"]().double(), torch.randn(7, 6).double(), torch.randint(3, (7,))
+    expected = {name: 0.0 for name, _ in net.named_parameters()}
+    for image, label in zip(images, labels, strict=True):
+        twin = copy.deepcopy(net)
+        F.cross_entropy(twin(image[None]), label[None]).backward()
+        expected = {name: expected[name] + p.grad.square() / 7 for name, p in twin.named_parameters()}
+    assert relative_error(fisher.diagonal(net, (images, labels), "empirical"), expected) < 1e-12
+
+
+@pytest.mark.parametrize("call", CALLS)
 @pytest.mark.parametrize("name", ["batchnorm", "functional"])
 def test_nothing_of_the_caller_changes(name, call):
     net, images, labels = build(name)
@@ -661,6 +733,84 @@ def test_nothing_of_the_caller_changes(name, call):
     assert images.grad is None
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in net.modules())
     assert torch.is_grad_enabled()
+
+
+class Attention(nn.Module):
+    def __init__(self, weights):
+        super().__init__()
+        self.attention, self.out, self.weights = nn.MultiheadAttention(8, 2, 0.5, batch_first=True), nn.Linear(8, 3), weights
+
+    def forward(self, x):
+        return self.out(self.attention(x, x, x, need_weights=self.weights)[0].mean(1))
+
+
+class FusedAttention(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.query, self.out = nn.Linear(8, 8), nn.Linear(8, 3)
+
+    def forward(self, x):
+        q = self.query(x)
+        return self.out(F.scaled_dot_product_attention(q, q, q, dropout_p=0.5 if self.training else 0.0).mean(1))
+
+
+class Deep(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.layers, self.out = nn.LSTM(8, 6, 2, dropout=0.5, batch_first=True), nn.Linear(6, 3)
+
+    def forward(self, x):
+        return self.out(self.layers(x)[0][:, -1])
+
+
+class Skipping(nn.Module):
+    """Stochastic depth."""
+
+    def __init__(self):
+        super().__init__()
+        self.branch, self.out = nn.Linear(8, 8), nn.Linear(8, 3)
+
+    def forward(self, x):
+        x = x.mean(1)
+        kept = torch.empty(len(x), 1).bernoulli_(0.5) if self.training else 0.5
+        return self.out(x + kept * self.branch(x))
+
+
+RANDOM = {
+    "attention": lambda: Attention(True),
+    "attention without weights": lambda: Attention(False),
+    "fused attention": FusedAttention,
+    "LSTM": Deep,
+    "RReLU": lambda: nn.Sequential(nn.Flatten(), nn.RReLU(), nn.Linear(40, 3)),
+    "stochastic depth": Skipping,
+}
+
+
+@pytest.mark.filterwarnings("ignore:There is a performance drop")
+@pytest.mark.parametrize("call", [
+    lambda net, x: fisher.diagonal(net, x),
+    lambda net, x: fisher.trace(net, x, "sampled"),
+    lambda net, x: fisher.trace_estimate(net, x),
+    lambda net, x: fisher.quadratic(net, x, random_direction(net)),
+    lambda net, x: fisher.natural_gradient(net, x, random_direction(net), method="kfac"),
+    lambda net, x: fisher.kl(net, net, x),
+])
+@pytest.mark.parametrize("name", RANDOM)
+def test_random_predictions_are_refused_and_the_random_state_stays(name, call):
+    net, images = RANDOM[name](), torch.randn(6, 5, 8)
+    state = torch.get_rng_state()
+    with pytest.raises(ValueError, match=r"net\.eval"):
+        call(net.train(), images)
+    assert torch.equal(state, torch.get_rng_state())
+    call(net.eval(), images)
+
+
+def test_labels_may_be_drawn_from_the_global_generator():
+    net, images = nn.Linear(8, 3), torch.randn(6, 8)
+    state = torch.get_rng_state()
+    for call in (fisher.trace_estimate, lambda *args, **options: fisher.trace(*args, "sampled", **options)):
+        call(net, images, generator=torch.default_generator)
+        assert not torch.equal(state, torch.get_rng_state())
 
 
 def test_gradients_may_be_switched_off_around_the_call():
@@ -817,6 +967,36 @@ def test_a_network_that_is_a_single_layer_gets_its_block():
     (block,) = optimizer.blocks.values()
     rows = torch.cat([images, torch.ones(len(images), 1)], 1)
     assert torch.allclose(block.a, rows.T @ rows / len(images), atol=1e-5)
+
+
+@pytest.mark.parametrize("role", ["weight", "bias"])
+def test_a_parametrized_layer_takes_the_diagonal(role):
+    images, labels, net = badly_scaled()
+    parametrize.register_parametrization(net[0], role, nn.Identity())
+    optimizer = fisher.NaturalGradient(net, every=1, max_kl=None)
+    train(net, images, labels, optimizer, 10)
+    assert list(optimizer.blocks) == [id(net[2].weight)]
+    layer = list(net[0].parameters())
+    assert set(optimizer.squares) == {id(p) for p in layer}
+    directions = optimizer._directions(layer, 0.1)
+    assert all(torch.equal(directions[id(p)], p.grad / (optimizer.squares[id(p)] + 0.1)) for p in layer)
+
+
+def test_passes_at_other_weights_are_no_passes_of_training():
+    images, labels, net = badly_scaled()
+    optimizer = fisher.NaturalGradient(net, every=1, generator=torch.Generator().manual_seed(0))
+    train(net, images, labels, optimizer, 2)
+    passes, before = optimizer.passes, {key: (block.a.clone(), block.s.clone()) for key, block in optimizer.blocks.items()}
+    for names in (["0.weight"], ["0.weight", "0.bias", "2.weight", "2.bias"]):
+        for moved in (lambda p: p + 0.1, lambda p: p.detach() + 0.1):
+            per_sample.outputs_at(net, {name: moved(net.get_parameter(name)) for name in names}, images)
+    assert optimizer.passes == passes
+    assert optimizer.blocks.keys() == before.keys()
+    for key, block in optimizer.blocks.items():
+        assert torch.equal(block.a, before[key][0])
+        assert torch.equal(block.s, before[key][1])
+    net.append(nn.Linear(3, 3))(images)  # a layer that another optimizer may train
+    assert optimizer.passes == passes + 1
 
 
 def test_hooks_of_the_optimizer_are_empty_in_copies_and_vanish_with_it():
