@@ -306,15 +306,18 @@ def _stratified(labels: np.ndarray, test_size: float | int, seed: int) -> tuple[
     return train_test_split(np.arange(len(labels)), test_size=test_size, random_state=seed, stratify=labels)
 
 
-def _limited(labels: np.ndarray, limit: int | None, seed: int) -> np.ndarray:
+def _limited(labels: np.ndarray, limit: int | None, seed: int, name: str) -> np.ndarray:
     # In random order: files may be sorted by class, and the first images of a split stand for all of it.
     if limit is None or limit >= len(labels):
         return np.random.default_rng(seed).permutation(len(labels))
-    classes = len(np.unique(labels))
-    if limit < classes:
-        raise ValueError(f"limit={limit} is below the number of classes: use at least {classes}")
-    if len(labels) - limit < classes:
+    present, counts = np.unique(labels, return_counts=True)
+    if limit < len(present):
+        raise ValueError(f"{name}={limit} is below the number of classes: use at least {len(present)}")
+    if len(labels) - limit < len(present):
         return np.random.default_rng(seed).permutation(len(labels))[:limit]
+    if counts.min() < 2:
+        raise ValueError(f"{name}={limit} takes a share of each class, but class {present[counts.argmin()]} has a single "
+                         "image: have two or more, or leave the limit out")
     return _stratified(labels, test_size=limit, seed=seed)[1]
 
 
@@ -478,14 +481,14 @@ class ImageData(L.LightningDataModule):
 
     def _split(self, arrays: dict, validation: float, limit: int | None, test_limit: int | None) -> dict:
         train_labels, test_labels = arrays["train_labels"], arrays["test_labels"]
-        subset = _limited(train_labels, limit, self.seed)
+        subset = _limited(train_labels, limit, self.seed, f"{self.name}: limit")
         try:
             train, held_out = _stratified(train_labels[subset], test_size=validation, seed=self.seed)
         except ValueError as error:
             raise ValueError(f"{self.name}: {len(subset)} images cannot be split into training and validation "
                              f"({error}): have more images, or raise limit or validation") from error
         chosen = {"train": ("train", subset[train]), "validation": ("train", subset[held_out]),
-                  "test": ("test", _limited(test_labels, test_limit, 0))}
+                  "test": ("test", _limited(test_labels, test_limit, 0, f"{self.name}: test_limit"))}
         return {split: self._tensor(arrays[f"{source}_images"][index], arrays[f"{source}_labels"][index])
                 for split, (source, index) in chosen.items()}
 

@@ -346,6 +346,22 @@ def test_a_limited_test_split_is_the_same_for_every_seed():
     assert not torch.equal(first.split("train")[1], second.split("train")[1])
 
 
+@pytest.mark.parametrize("name", ["limit", "test_limit"])
+def test_a_limit_where_a_class_has_a_single_image_is_refused_by_name(nowhere, name):
+    (nowhere / "mine").mkdir()
+    split = "test_labels" if name == "test_limit" else "train_labels"
+    arrays = small_arrays(classes=3)
+    arrays[split] = np.minimum(np.arange(len(arrays[split])), 1) + np.uint8(np.arange(len(arrays[split])) > 9)
+    np.savez(nowhere / "mine" / "svhn.npz", **arrays)
+    with pytest.raises(ValueError, match=rf"svhn: {name}=5 .* class 0 has a single image: have two"):
+        ImageData("svhn", **{name: 5})
+
+
+def test_a_limit_below_the_number_of_classes_is_refused_by_name():
+    with pytest.raises(ValueError, match="digits: test_limit=3 is below the number of classes: use at least 10"):
+        ImageData("digits", test_limit=3)
+
+
 @pytest.mark.parametrize("limits", [{}, {"limit": 600, "test_limit": 300}])
 def test_the_first_images_of_a_split_are_of_all_classes_where_the_file_is_sorted_by_class(tmp_path, monkeypatch, limits):
     labels = np.repeat(np.arange(10), 100)
