@@ -213,8 +213,12 @@ def forward(net: nn.Module, images: Tensor, parameters: dict[str, Tensor] | None
 
 
 def _trained(net: nn.Module, biases: bool) -> dict[str, Tensor]:
-    """Parameters that are trained, by name; without biases those of two dimensions and more."""
-    return {name: p for name, p in net.named_parameters() if p.requires_grad and (biases or p.ndim > 1)}
+    """Parameters that are trained, by name; without biases those of two dimensions and more. ValueError if there are none."""
+    if trained := {name: p for name, p in net.named_parameters() if p.requires_grad and (biases or p.ndim > 1)}:
+        return trained
+    dimensions = "" if biases else " and has two dimensions or more"
+    raise ValueError(f"no parameter of the network requires gradients{dimensions}: call requires_grad_(True) on those that the "
+                     "penalty is about" + ("" if biases else ", or use biases=True"))
 
 
 def _threat(threat: str | Threat) -> Threat:
@@ -326,10 +330,6 @@ def _summed_traces(net: nn.Module, images: Tensor, threat: str | Threat, biases:
                    generator: torch.Generator | None = None, held: bool = False) -> dict[str, Tensor]:
     """`fisher_trace`, summed over images instead of the mean."""
     threat, parameters = _threat(threat), _trained(net, biases)
-    if not parameters:
-        dimensions = "" if biases else " and has two dimensions or more"
-        raise ValueError(f"no parameter of the network requires gradients{dimensions}: call requires_grad_(True) on those "
-                         "under the threat" + ("" if biases else ", or use biases=True"))
     with _LinearCalls(parameters) as seen:
         logits = _full(forward(net, images))
     if any(isinstance(module, nn.SyncBatchNorm) and module.training for module in net.modules()):

@@ -357,6 +357,16 @@ def test_the_trace_of_a_network_without_trained_parameters_is_refused_by_name():
         penalty.fisher_trace(net.requires_grad_(False), images)
 
 
+@pytest.mark.parametrize("name", ["l2", "sam", "weight_noise", "weight_deletion", "rounded_weights", "gradient_norm", "kl_noise",
+                                  "fisher_trace", "fisher_quantization"])
+def test_a_penalty_with_nothing_to_act_on_is_refused_by_name(digits, name):
+    net, term = small(digits), of_name(name, 1e-2, biases=False)
+    for layer in (net[1], net[3]):
+        layer.weight.requires_grad_(False)
+    with pytest.raises(ValueError, match="no parameter of the network requires gradients and has two dimensions or more"):
+        fit(net, digits, epochs=1, penalty=term)
+
+
 def test_the_trace_of_no_images_is_refused():
     net, (images, _) = networks()["mlp"].double(), batch()
     with pytest.raises(ValueError, match="there are no images"):
