@@ -471,7 +471,7 @@ def choose(net: nn.Module, data: ImageData, criterion: str = "kl", share: float 
     layers = list(share) if layers is None and isinstance(share, Mapping) else layers
     names = removable(net, data.shape) if layers is None else layers
     shares = dict(share) if isinstance(share, Mapping) else dict.fromkeys(names, share)
-    if wrong := [one for one in (shares.values() if shares else [share]) if not 0 <= one < 1]:
+    if wrong := [one for one in (share.values() if isinstance(share, Mapping) else [share]) if not 0 <= one < 1]:
         raise ValueError(f"share={wrong[0]}: use a share from 0 to below 1")
     if layers is None and not names:
         raise ValueError(f"no convolution of {type(net).__name__} can lose channels: others share them, or what reads them "
