@@ -26,6 +26,7 @@ from torch.utils._pytree import tree_leaves
 from . import cost, divergence
 from .data import Batches, ImageData
 from .training import evaluation_mode
+from .units import _device, _evenly_spaced
 
 KINDS = ("kl", "js", "correlation", "cosine", "cka")
 REDUCE = ("pixels", "mean")
@@ -996,12 +997,7 @@ def _sample(data: ImageData, images: int, batch_size: int, split: str = "train")
     count = len(every.labels)
     if min(images, count) < 2:
         raise ValueError(f"{min(images, count)} images of the split {split!r}: statistics need two or more")
-    chosen = torch.linspace(0, count - 1, min(images, count), dtype=torch.float64).round().long().to(every.labels.device)
-    return Batches(every.images[chosen], every.labels[chosen], every.mean, every.std, batch_size)
-
-
-def _device(net: nn.Module) -> torch.device:
-    return next(net.parameters()).device
+    return _evenly_spaced(every, images)
 
 
 def _check_ran(layers: Sequence[str] | None, ran: Iterable[str]) -> None:
