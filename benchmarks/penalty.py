@@ -44,7 +44,7 @@ VARIANTS: dict[str, Callable[[], penalty.Penalty | None]] = {
     "L2": lambda: penalty.L2(1e-4),
     "SAM": lambda: penalty.SAM(),
     "NoisyWeights": lambda: penalty.NoisyWeights(0.05),
-    "RoundedWeights": lambda: penalty.RoundedWeights(4),
+    "QuantizationAware": lambda: penalty.QuantizationAware(4),
 }
 BARS = {"FisherWeighted, adam": (1.10, 1.10), "FisherTrace, range": (1.8, 2.2),
         "FisherTrace, range, an eighth": (1.8, 2.2), "FisherTrace, relative": (1.8, 2.2),

@@ -26,6 +26,7 @@ from torch.utils._pytree import tree_leaves
 from . import cost, divergence
 from .data import Batches, ImageData
 from .training import evaluation_mode
+from .units import _device, _evenly_spaced
 
 KINDS = ("kl", "js", "correlation", "cosine", "cka")
 REDUCE = ("pixels", "mean")
@@ -471,7 +472,7 @@ def choose(net: nn.Module, data: ImageData, criterion: str = "kl", share: float 
     layers = list(share) if layers is None and isinstance(share, Mapping) else layers
     names = removable(net, data.shape) if layers is None else layers
     shares = dict(share) if isinstance(share, Mapping) else dict.fromkeys(names, share)
-    if wrong := [one for one in (shares.values() if shares else [share]) if not 0 <= one < 1]:
+    if wrong := [one for one in (share.values() if isinstance(share, Mapping) else [share]) if not 0 <= one < 1]:
         raise ValueError(f"share={wrong[0]}: use a share from 0 to below 1")
     if layers is None and not names:
         raise ValueError(f"no convolution of {type(net).__name__} can lose channels: others share them, or what reads them "
@@ -996,12 +997,7 @@ def _sample(data: ImageData, images: int, batch_size: int, split: str = "train")
     count = len(every.labels)
     if min(images, count) < 2:
         raise ValueError(f"{min(images, count)} images of the split {split!r}: statistics need two or more")
-    chosen = torch.linspace(0, count - 1, min(images, count), dtype=torch.float64).round().long().to(every.labels.device)
-    return Batches(every.images[chosen], every.labels[chosen], every.mean, every.std, batch_size)
-
-
-def _device(net: nn.Module) -> torch.device:
-    return next(net.parameters()).device
+    return _evenly_spaced(every, images)
 
 
 def _check_ran(layers: Sequence[str] | None, ran: Iterable[str]) -> None:

@@ -61,18 +61,20 @@ def find(name: str) -> Path | None:
 
 
 def load_arrays(name: str) -> dict[str, np.ndarray]:
-    """``train_images``, ``train_labels``, ``test_images``, ``test_labels`` (uint8), ``classes`` and ``fingerprint``.
+    """``train_images``, ``train_labels``, ``test_images``, ``test_labels``, ``classes`` and ``fingerprint``.
 
-    Images are (N, H, W) or (N, H, W, C), as in torchvision. ``digits`` is bundled with scikit-learn; ``mnist``, ``cifar10``,
-    ``cifar100`` and ``svhn`` are looked for on disk and else downloaded once; any other name is a folder of images with
-    one folder a class, optionally below ``train`` and ``test``. Folders and files whose name begins with a dot are passed
-    over; of 16-bit grey images the upper 8 bits are taken.
+    Images are uint8 (N, H, W) or (N, H, W, C), as in torchvision, labels integers from 0 on (N,). ``digits`` is bundled with
+    scikit-learn; ``mnist``, ``cifar10``, ``cifar100`` and ``svhn`` are looked for on disk and else downloaded once; any other
+    name is a folder of images with one folder a class, optionally below ``train`` and ``test``. Folders and files whose name
+    begins with a dot are passed over; of 16-bit grey images the upper 8 bits are taken; where one image of a folder is
+    coloured, grey ones get three equal channels.
 
     Raises
     ------
     ValueError
-        unknown name; a damaged, incomplete or altered file; images of several sizes, or of other numbers than 8 or 16
-        bits; a folder with one class only, or with too few images to set a fifth of each class apart for testing
+        unknown name; a damaged, incomplete or altered file; labels that are not integers from 0 to below the number of
+        classes; images of several sizes, or of other numbers than 8 or 16 bits; a folder with one class only, or with too
+        few images to set a fifth of each class apart for testing
     FileNotFoundError
         a folder without class folders, or a class folder without images
     ConnectionError
@@ -118,11 +120,16 @@ def _read(path: Path) -> dict[str, np.ndarray]:
         if images.dtype != np.uint8 or images.ndim not in (3, 4) or labels.shape != (len(images),) or not len(images):
             raise ValueError(f"{path}: {split}_images has to be uint8 (N, H, W) or (N, H, W, C) with N labels, found "
                              f"{images.dtype} {images.shape} and labels {labels.shape}: {remedy}")
+        whole = np.issubdtype(labels.dtype, np.integer)
+        if not whole or labels.min() < 0:
+            raise ValueError(f"{path}: {split}_labels have to be integers that number the classes from 0 on, found "
+                             f"{labels.min() if whole else labels.dtype}: {remedy}")
     arrays.setdefault("classes", np.array([str(c) for c in range(int(arrays["train_labels"].max()) + 1)]))
     return arrays
 
 
 def _checked(name: str, arrays: dict[str, np.ndarray], origin: Path | str) -> dict[str, np.ndarray]:
+    _check_splits(arrays, origin)
     found = {split: fingerprint(arrays[f"{split}_images"], arrays[f"{split}_labels"]) for split in ("train", "test")}
     for split, value in found.items():
         expected = FINGERPRINTS.get((name, split), value)
@@ -130,6 +137,19 @@ def _checked(name: str, arrays: dict[str, np.ndarray], origin: Path | str) -> di
             raise ValueError(f"{origin} is not the {split} split of {name}: fingerprint {value[:12]}..., expected "
                              f"{expected[:12]}...; the file was altered or holds other data: delete it and load again")
     return arrays | {"fingerprint": hashlib.sha256("".join(found.values()).encode()).hexdigest()}
+
+
+def _check_splits(arrays: dict[str, np.ndarray], origin: Path | str) -> None:
+    """Refuse splits whose images differ in shape, and labels beyond the classes."""
+    train, test = ((*arrays[f"{split}_images"].shape[1:], 1)[:3] for split in ("train", "test"))
+    if train != test:
+        raise ValueError(f"{origin}: training images are {train} (height, width, channels), but test images {test}: bring all "
+                         "images to one size and number of channels")
+    for split in ("train", "test"):
+        largest, last = arrays[f"{split}_labels"].max(), len(arrays["classes"]) - 1
+        if largest > last:
+            raise ValueError(f"{origin}: {split}_labels go up to {largest}, but the classes are 0 to {last}: leave images of "
+                             "other classes out, or have training images and a name for each class")
 
 
 def _download(name: str) -> dict[str, np.ndarray]:
@@ -201,8 +221,15 @@ def _folder(root: Path) -> dict[str, np.ndarray]:
             raise FileNotFoundError(f"{root / split} has the class folders {', '.join(classes)}, but {root / 'train'} "
                                     f"has {', '.join(arrays['classes'])}: both need the same")
         arrays |= {f"{split}_images": images, f"{split}_labels": labels}
+    arrays["train_images"], arrays["test_images"] = _of_one_kind([arrays["train_images"], arrays["test_images"]])
     _refuse_one_class(root / "train", arrays["classes"])
     return arrays
+
+
+def _of_one_kind(images: list[np.ndarray]) -> list[np.ndarray]:
+    """Grey images, or arrays of them, with three equal channels where any of the others are coloured."""
+    coloured = max(one.ndim for one in images)
+    return [one if one.ndim == coloured else np.repeat(one[..., None], 3, axis=-1) for one in images]
 
 
 def _refuse_one_class(root: Path, classes: np.ndarray) -> None:
@@ -228,18 +255,18 @@ def _class_folders(root: Path) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         listing = _listing(root)
     except FileNotFoundError as error:
         raise FileNotFoundError(f"{root} has to hold one folder a class with images in each: {error}") from error
-    mode, arrays = None, []
+    arrays: list[np.ndarray] = []
     for path, _ in listing.samples:
         try:
             with Image.open(path) as image:
-                mode = mode or ("L" if image.mode in ("1", "L") or image.mode.startswith("I;16") else "RGB")
+                mode = "L" if image.mode in ("1", "L") or image.mode.startswith("I;16") else "RGB"
                 arrays.append(np.asarray(_of_8_bits(image, path).convert(mode)))
         except (UnidentifiedImageError, OSError) as error:
             raise ValueError(f"{path} is not a readable image ({error}): replace or remove it") from error
-        if arrays[-1].shape != arrays[0].shape:
+        if arrays[-1].shape[:2] != arrays[0].shape[:2]:
             raise ValueError(f"{path} is {arrays[-1].shape[:2]} pixels (height, width), but {listing.samples[0][0]} is "
                              f"{arrays[0].shape[:2]}: bring all images to one size")
-    return np.stack(arrays), np.array(listing.targets), np.array(listing.classes)
+    return np.stack(_of_one_kind(arrays)), np.array(listing.targets), np.array(listing.classes)
 
 
 def _listing(root: Path) -> Any:
@@ -279,15 +306,18 @@ def _stratified(labels: np.ndarray, test_size: float | int, seed: int) -> tuple[
     return train_test_split(np.arange(len(labels)), test_size=test_size, random_state=seed, stratify=labels)
 
 
-def _limited(labels: np.ndarray, limit: int | None, seed: int) -> np.ndarray:
+def _limited(labels: np.ndarray, limit: int | None, seed: int, name: str) -> np.ndarray:
     # In random order: files may be sorted by class, and the first images of a split stand for all of it.
     if limit is None or limit >= len(labels):
         return np.random.default_rng(seed).permutation(len(labels))
-    classes = len(np.unique(labels))
-    if limit < classes:
-        raise ValueError(f"limit={limit} is below the number of classes: use at least {classes}")
-    if len(labels) - limit < classes:
+    present, counts = np.unique(labels, return_counts=True)
+    if limit < len(present):
+        raise ValueError(f"{name}={limit} is below the number of classes: use at least {len(present)}")
+    if len(labels) - limit < len(present):
         return np.random.default_rng(seed).permutation(len(labels))[:limit]
+    if counts.min() < 2:
+        raise ValueError(f"{name}={limit} takes a share of each class, but class {present[counts.argmin()]} has a single "
+                         "image: have two or more, or leave the limit out")
     return _stratified(labels, test_size=limit, seed=seed)[1]
 
 
@@ -451,14 +481,14 @@ class ImageData(L.LightningDataModule):
 
     def _split(self, arrays: dict, validation: float, limit: int | None, test_limit: int | None) -> dict:
         train_labels, test_labels = arrays["train_labels"], arrays["test_labels"]
-        subset = _limited(train_labels, limit, self.seed)
+        subset = _limited(train_labels, limit, self.seed, f"{self.name}: limit")
         try:
             train, held_out = _stratified(train_labels[subset], test_size=validation, seed=self.seed)
         except ValueError as error:
             raise ValueError(f"{self.name}: {len(subset)} images cannot be split into training and validation "
                              f"({error}): have more images, or raise limit or validation") from error
         chosen = {"train": ("train", subset[train]), "validation": ("train", subset[held_out]),
-                  "test": ("test", _limited(test_labels, test_limit, 0))}
+                  "test": ("test", _limited(test_labels, test_limit, 0, f"{self.name}: test_limit"))}
         return {split: self._tensor(arrays[f"{source}_images"][index], arrays[f"{source}_labels"][index])
                 for split, (source, index) in chosen.items()}
 

@@ -7,7 +7,7 @@ and after is 1/2 tr(F S) to second order, with the Fisher information F. So each
 
 A penalty is one of three kinds: a *term* added to the loss (`FisherTrace`, `KLNoise`, `GradientNorm`, `L2`,
 `Distillation`), a *training at other weights*, whose loss takes the place of the plain one (`SAM`, `NoisyWeights`,
-`RoundedWeights`), or a *decoupled step* on the weights after the optimizer's own (`FisherWeighted`, `FisherQuantization`).
+`QuantizationAware`), or a *decoupled step* on the weights after the optimizer's own (`FisherWeighted`, `FisherQuantization`).
 """
 
 from __future__ import annotations
@@ -213,8 +213,12 @@ def forward(net: nn.Module, images: Tensor, parameters: dict[str, Tensor] | None
 
 
 def _trained(net: nn.Module, biases: bool) -> dict[str, Tensor]:
-    """Parameters that are trained, by name; without biases those of two dimensions and more."""
-    return {name: p for name, p in net.named_parameters() if p.requires_grad and (biases or p.ndim > 1)}
+    """Parameters that are trained, by name; without biases those of two dimensions and more. ValueError if there are none."""
+    if trained := {name: p for name, p in net.named_parameters() if p.requires_grad and (biases or p.ndim > 1)}:
+        return trained
+    dimensions = "" if biases else " and has two dimensions or more"
+    raise ValueError(f"no parameter of the network requires gradients{dimensions}: call requires_grad_(True) on those that the "
+                     "penalty is about" + ("" if biases else ", or use biases=True"))
 
 
 def _threat(threat: str | Threat) -> Threat:
@@ -326,10 +330,6 @@ def _summed_traces(net: nn.Module, images: Tensor, threat: str | Threat, biases:
                    generator: torch.Generator | None = None, held: bool = False) -> dict[str, Tensor]:
     """`fisher_trace`, summed over images instead of the mean."""
     threat, parameters = _threat(threat), _trained(net, biases)
-    if not parameters:
-        dimensions = "" if biases else " and has two dimensions or more"
-        raise ValueError(f"no parameter of the network requires gradients{dimensions}: call requires_grad_(True) on those "
-                         "under the threat" + ("" if biases else ", or use biases=True"))
     with _LinearCalls(parameters) as seen:
         logits = _full(forward(net, images))
     if any(isinstance(module, nn.SyncBatchNorm) and module.training for module in net.modules()):
@@ -550,11 +550,12 @@ class NoisyWeights(Penalty):
         return self.finite(criterion(forward(net, images, changed), labels))
 
 
-class RoundedWeights(Penalty):
+class QuantizationAware(Penalty):
     """Quantisation-aware training: the gradient of the loss at the rounded weights q(w) is applied to w [Jacob et al. 2018].
 
     q(w) has 2^bits equidistant levels from the minimum to the maximum of each tensor (`round_to`). It is a staircase, whose
     own gradient is zero almost everywhere, so that the gradient at q(w) is passed *straight through* to w [Bengio et al. 2013].
+    Zero itself is in general none of the levels, unlike with `codec.RoundedWeights`, whose uniform ones are symmetric about it.
 
     Parameters
     ----------
@@ -713,7 +714,7 @@ NAMES: dict[str, Callable[[float], Penalty | None]] = {
     "sam": SAM,
     "weight_noise": NoisyWeights,
     "weight_deletion": partial(NoisyWeights, threat="deletion"),
-    "rounded_weights": RoundedWeights,
+    "rounded_weights": QuantizationAware,
     "gradient_norm": GradientNorm,
     "distillation": Distillation,
     "distillation_hot": partial(Distillation, temperature=20.0),

@@ -436,10 +436,14 @@ def _device(net: nn.Module) -> torch.device:
 def _sample(data: ImageData, images: int, batch_size: int) -> Batches:
     if images < 1 or batch_size < 1:
         raise ValueError(f"images={images}, batch_size={batch_size}: use at least 1 of each")
-    every = data.batches("train", batch_size, shuffle=False)
+    return _evenly_spaced(data.batches("train", batch_size, shuffle=False), images)
+
+
+def _evenly_spaced(every: Batches, images: int) -> Batches:
+    """Batches of so many of the images, from the first to the last."""
     count = len(every.labels)
     chosen = torch.linspace(0, count - 1, min(images, count), dtype=torch.float64).round().long().to(every.labels.device)
-    return Batches(every.images[chosen], every.labels[chosen], every.mean, every.std, batch_size)
+    return Batches(every.images[chosen], every.labels[chosen], every.mean, every.std, every.batch_size)
 
 
 def _check_classes(labels: Tensor) -> int:

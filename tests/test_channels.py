@@ -584,6 +584,7 @@ def test_each_layer_can_have_a_share_of_its_own(net, data):
     chosen = channels.choose(net, data, "kl", {"4": 0.25, "0": 0.5}, images=30)
     assert {name: len(one) for name, one in chosen.items()} == {"0": 4, "4": 4}
     assert list(channels.choose(net, data, "l1", {"4": 0.25})) == ["4"]
+    assert channels.choose(net, data, "kl", {}, images=30) == channels.choose(net, data, "l1", {}) == {}
 
 
 # Removal.

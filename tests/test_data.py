@@ -207,6 +207,54 @@ def test_images_of_two_sizes_and_broken_images_are_named(tmp_path):
         ImageData(str(tmp_path))
 
 
+@pytest.mark.parametrize("names", [("cat", "dog"), ("dog", "cat")])
+def test_grey_images_count_as_coloured_where_others_are_coloured_whatever_comes_first(tmp_path, names):
+    for name, shape in zip(names, [(6, 6), (6, 6, 3)], strict=True):
+        (tmp_path / name).mkdir()
+        for k in range(5):
+            pixels = np.full(shape, [10, 20, 30] if len(shape) == 3 else 90, dtype=np.uint8) + np.uint8(k)
+            Image.fromarray(pixels).save(tmp_path / name / f"{k}.png")
+    arrays = load_arrays(str(tmp_path))
+    grey = arrays["train_labels"] == arrays["classes"].tolist().index(names[0])
+    assert arrays["train_images"].shape == (8, 6, 6, 3)
+    above_red = arrays["train_images"] - arrays["train_images"][..., :1]
+    assert not above_red[grey].any()
+    assert (above_red[~grey] == [0, 10, 20]).all()
+
+
+@pytest.mark.parametrize("coloured", ["train", "test"])
+def test_grey_images_count_as_coloured_where_the_other_split_is_coloured(tmp_path, coloured):
+    write_folder(tmp_path / "train")
+    write_folder(tmp_path / "test", count=3)
+    for path in (tmp_path / ("test" if coloured == "train" else "train")).rglob("*.png"):
+        Image.open(path).convert("L").save(path)
+    data = ImageData(str(tmp_path))
+    assert {data.split(split)[0].shape[1:] for split in module.SPLITS} == {(3, 6, 6)}
+    assert set(data._tensors["test"][0].flatten().tolist()) == {0, 1, 2, 40, 41, 42}
+
+
+def test_splits_of_two_sizes_are_refused(tmp_path):
+    write_folder(tmp_path / "train")
+    write_folder(tmp_path / "test", side=9)
+    with pytest.raises(ValueError, match=r"training images are \(6, 6, 3\).*test images \(9, 9, 3\): bring all"):
+        ImageData(str(tmp_path))
+
+
+@pytest.mark.parametrize(("altered", "message"), [
+    ({"train_labels": np.repeat([0.5, 1.5], 10)}, r"train_labels have to be integers.*found float64: delete"),
+    ({"test_labels": np.repeat(["a", "b"], 5)}, r"test_labels have to be integers.*found <U1: delete"),
+    ({"train_labels": np.repeat([-1, 0], 10)}, r"train_labels have to be integers.*from 0 on, found -1: delete"),
+    ({"test_labels": np.repeat([0, 2], 5)}, r"test_labels go up to 2, but the classes are 0 to 1: leave"),
+    ({"classes": np.array(["a"])}, r"train_labels go up to 1, but the classes are 0 to 0: leave"),
+    ({"test_images": np.zeros((10, 4, 4, 3), np.uint8)}, r"training images are \(4, 4, 1\).*test images \(4, 4, 3\)"),
+])
+def test_splits_and_labels_that_do_not_go_together_are_refused(nowhere, altered, message):
+    (nowhere / "mine").mkdir()
+    np.savez(nowhere / "mine" / "svhn.npz", **small_arrays() | altered)
+    with pytest.raises(ValueError, match=message):
+        ImageData("svhn")
+
+
 @pytest.mark.parametrize(("dtype", "ending"), [("<u2", "png"), ("<u2", "tif"), (">u2", "tif")])
 def test_16_bit_grey_images_of_a_folder_keep_their_upper_8_bits(tmp_path, dtype, ending):
     grey = (np.arange(16) * 4368).reshape(4, 4)
@@ -296,6 +344,22 @@ def test_a_limited_test_split_is_the_same_for_every_seed():
     assert first.size("test") == 50
     assert torch.equal(first.split("test")[1], second.split("test")[1])
     assert not torch.equal(first.split("train")[1], second.split("train")[1])
+
+
+@pytest.mark.parametrize("name", ["limit", "test_limit"])
+def test_a_limit_where_a_class_has_a_single_image_is_refused_by_name(nowhere, name):
+    (nowhere / "mine").mkdir()
+    split = "test_labels" if name == "test_limit" else "train_labels"
+    arrays = small_arrays(classes=3)
+    arrays[split] = np.minimum(np.arange(len(arrays[split])), 1) + np.uint8(np.arange(len(arrays[split])) > 9)
+    np.savez(nowhere / "mine" / "svhn.npz", **arrays)
+    with pytest.raises(ValueError, match=rf"svhn: {name}=5 .* class 0 has a single image: have two"):
+        ImageData("svhn", **{name: 5})
+
+
+def test_a_limit_below_the_number_of_classes_is_refused_by_name():
+    with pytest.raises(ValueError, match="digits: test_limit=3 is below the number of classes: use at least 10"):
+        ImageData("digits", test_limit=3)
 
 
 @pytest.mark.parametrize("limits", [{}, {"limit": 600, "test_limit": 300}])

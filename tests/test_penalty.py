@@ -253,7 +253,7 @@ def test_the_range_form_does_not_change_with_the_scale_of_a_normalised_layer():
 EACH = {
     "fisher_trace": penalty.FisherTrace(0.1), "kl_noise": penalty.KLNoise(0.1), "l2": penalty.L2(0.1),
     "gradient_norm": penalty.GradientNorm(0.1, share=0.5), "sam": penalty.SAM(), "noise": penalty.NoisyWeights(0.1),
-    "deletion": penalty.NoisyWeights(0.3, "deletion"), "rounding": penalty.RoundedWeights(2),
+    "deletion": penalty.NoisyWeights(0.3, "deletion"), "rounding": penalty.QuantizationAware(2),
 }
 
 
@@ -357,6 +357,16 @@ def test_the_trace_of_a_network_without_trained_parameters_is_refused_by_name():
         penalty.fisher_trace(net.requires_grad_(False), images)
 
 
+@pytest.mark.parametrize("name", ["l2", "sam", "weight_noise", "weight_deletion", "rounded_weights", "gradient_norm",
+                                  "kl_noise", "fisher_trace", "fisher_quantization"])
+def test_a_penalty_with_nothing_to_act_on_is_refused_by_name(digits, name):
+    net, term = small(digits), of_name(name, 1e-2, biases=False)
+    for layer in (net[1], net[3]):
+        layer.weight.requires_grad_(False)
+    with pytest.raises(ValueError, match="no parameter of the network requires gradients and has two dimensions or more"):
+        fit(net, digits, epochs=1, penalty=term)
+
+
 def test_the_trace_of_no_images_is_refused():
     net, (images, _) = networks()["mlp"].double(), batch()
     with pytest.raises(ValueError, match="there are no images"):
@@ -413,7 +423,7 @@ def test_training_at_noisy_weights_uses_the_gradient_there(threat):
 @pytest.mark.parametrize("name", ["mlp", "convolution"])
 def test_training_at_rounded_weights_applies_the_gradient_there_to_the_weights(name, biases):
     net, (images, labels) = networks()[name].double(), batch()
-    term = penalty.RoundedWeights(2, biases=biases)
+    term = penalty.QuantizationAware(2, biases=biases)
     ours = torch.autograd.grad(term.objective(net, images, labels, net(images), F.cross_entropy), list(net.parameters()))
     with torch.no_grad():
         for p in net.parameters():
@@ -443,7 +453,7 @@ def test_a_network_trained_at_rounded_weights_keeps_its_accuracy_when_rounded(di
             return F.cross_entropy(net(images), labels).item()
 
     plain, _ = fit(small(digits), digits, epochs=20, lr=0.01)
-    aware, _ = fit(small(digits), digits, epochs=20, lr=0.01, penalty=penalty.RoundedWeights(2))
+    aware, _ = fit(small(digits), digits, epochs=20, lr=0.01, penalty=penalty.QuantizationAware(2))
     assert loss(aware) < 0.7 * loss(plain)
 
 
@@ -513,7 +523,7 @@ def test_distillation_vanishes_at_the_teacher_and_never_changes_it():
 
 
 @pytest.mark.parametrize("make", [penalty.SAM, lambda **schedule: penalty.NoisyWeights(0.3, **schedule),
-                                  lambda **schedule: penalty.RoundedWeights(2, **schedule)])
+                                  lambda **schedule: penalty.QuantizationAware(2, **schedule)])
 def test_training_at_other_weights_follows_a_schedule_without_growing_its_radius(make):
     net, (images, labels) = networks()["mlp"].double(), batch()
 
@@ -550,7 +560,7 @@ BAD = {
     "source": [lambda: penalty.FisherWeighted(1, "tea leaves")],
     "refresh": [lambda: penalty.FisherWeighted(1, "diagonal", 0)],
     "bits": [lambda: penalty.quantization(0), lambda: penalty.round_to(0), lambda: penalty.round_to(2.5),
-             lambda: penalty.RoundedWeights(33), lambda: penalty.named("rounded_weights", 0.5)],
+             lambda: penalty.QuantizationAware(33), lambda: penalty.named("rounded_weights", 0.5)],
     "temperature": [lambda: penalty.Distillation(1, nn.Flatten(), temperature=0)],
     "sigma": [lambda: penalty.KLNoise(1, sigma=0), lambda: penalty.KLNoise(1, sigma=-0.1)],
     "rho": [lambda: penalty.SAM(-1)],

@@ -11,6 +11,7 @@ import itertools
 import os
 import re
 import time
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
@@ -55,7 +56,8 @@ def grid(chapter: Chapter, words: Sequence[str]) -> dict[str, list[Any]]:
         if name in values:
             raise ValueError(f"{name} is twice in the grid: give all its values at once, {name}=value,value,...")
         values[name] = [chapter.check(name, value) for value in _values(text)]
-        if twice := [value for i, value in enumerate(values[name]) if value in values[name][:i]]:
+        counts = Counter(map(repr, values[name]))  # of their texts, since a value may be a list, which has no hash
+        if twice := [value for value in values[name] if counts[repr(value)] > 1]:
             raise ValueError(f"{name}={twice[0]} is twice in {word!r}")
     return values
 
@@ -253,8 +255,11 @@ def _slurm(file: Path, device: bool) -> Any:
     except ImportError as error:
         raise ValueError("--slurm needs dask-jobqueue: pip install 'fishlib[slurm]'") from error
     if device:
-        processes = settings.get("processes", 1)
-        extra = [*settings.get("worker_extra_args", []), "--resources", f"{REQUEST}={settings['cores'] // processes}"]
+        threads, processes = settings.get("cores"), settings.get("processes", 1)
+        if not isinstance(threads, int) or not isinstance(processes, int) or not 0 < processes <= threads:
+            raise ValueError(f"{file} has to have `cores: <number>`, at least as many as `processes`, for --device-per-run: "
+                             "each core of a job stands for one device")
+        extra = [*settings.get("worker_extra_args", []), "--resources", f"{REQUEST}={threads // processes}"]
         settings["worker_extra_args"] = extra
     try:
         queue = SLURMCluster(**settings)

@@ -60,6 +60,7 @@ def test_every_value_of_a_grid_comes_through(tmp_path_factory, values, first, mo
     (["seed"], "name=first..last"), (["seed="], "name=first..last"), (["sed=1,2"], "seed, strength, dataset, sizes"),
     (["seed=0..2000"], "int from 0 to 1000"), (["seed=3..1"], "empty"), (["seed=1,1"], "twice"),
     (["seed=1", "seed=2"], "twice"), (["strength=1,1.0"], "twice"), (["dataset=digits,svhn"], "digits, mnist"),
+    (["sizes=[5],[5]"], "sizes=[5] is twice"), (["seed=1,0,2,0"], "seed=0 is twice"),
 ])
 def test_a_mistyped_grid_fails_before_anything_is_submitted(tmp_path, chapter, monkeypatch, words, named):
     monkeypatch.setattr(sweep, "cluster", None)
@@ -343,6 +344,17 @@ def test_a_slurm_file_without_the_number_of_jobs_is_refused(tmp_path, chapter):
     result = CliRunner().invoke(main, ["sweep", str(chapter()), "-g", "seed=0..3", "--slurm", str(file)])
     assert result.exit_code == 2
     assert "jobs: <number>" in result.output
+
+
+@pytest.mark.parametrize("text", ["", "cores: many\n", "cores: 2\nprocesses: 4\n", "cores: 2\nprocesses: 0\n"])
+def test_a_slurm_file_whose_devices_cannot_be_counted_is_refused(tmp_path, chapter, text):
+    pytest.importorskip("dask_jobqueue")
+    file = tmp_path / "slurm.yml"
+    file.write_text("jobs: 1\nqueue: gpu\n" + text)
+    words = ["sweep", str(chapter()), "-g", "seed=0..3", "--slurm", str(file), "--device-per-run"]
+    result = CliRunner().invoke(main, [*words, "--out", str(tmp_path / "out")])
+    assert result.exit_code == 2
+    assert "slurm.yml has to have `cores: <number>`" in " ".join(result.output.split())
 
 
 SLURM = """jobs: 2
