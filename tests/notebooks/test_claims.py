@@ -58,6 +58,8 @@ def test_the_books_own_conditions_read_records_that_their_chapters_make():
     for claim in (claim for claim in book.claims.values() if claim.holds):
         quick = claims.in_chapter(book.experiments[claim.run].chapter)
         made = {*quick["records"], *claims.settled(book.experiments[claim.run])} if quick else set()
+        source = chapters.CHAPTERS / f"{book.experiments[claim.run].chapter}.ipynb"
+        made |= set(re.findall(r'notebook\.record\(\\"(\w+)', source.read_text(encoding="utf-8")))  # some only with BatchNorm
         for text in filter(None, (claim.holds, claim.in_part, f"[{claim.decides}]")):
             names = {node.id for node in ast.walk(ast.parse(text.strip(), mode="eval")) if isinstance(node, ast.Name)}
             assert not quick or names <= {*made, *of_files, *claims.FUNCTIONS, "published"}, claim.id
