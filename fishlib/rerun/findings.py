@@ -231,7 +231,7 @@ def draw(found: Sequence[Finding], file: Path) -> None:
     from fishlib.notebook import plot_style
 
     plot_style()
-    rows = [len(finding.bars) for finding in found]
+    rows = [sum(1 + 0.3 * bar.label.count("\n") for bar in finding.bars) for finding in found]  # a second line needs room
     figure = Figure(figsize=(7.0, 0.35 * sum(rows) + 0.95 * len(found)), layout="constrained", dpi=160)
     figure.get_layout_engine().set(h_pad=0.1)
     panels = figure.subplots(len(found), 1, squeeze=False, height_ratios=[row + 0.6 for row in rows])[:, 0]
